@@ -1,0 +1,132 @@
+"""Checkpoints: weights, optimizer and JSON state as three files under one step number.
+
+The JSON is written last and marks the checkpoint as whole. Every file goes to a temporary name, is synced and then
+renamed, so that a full disk or a crash leaves the checkpoints before it as they were.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+from .files import read_header, read_tensors, write_json, write_safetensors
+
+_STATE = re.compile(r"^step_(\d{8})\.state\.json$")
+_KINDS = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One saved step. `state` holds the sampler, the scaler and the loop's counters."""
+
+    folder: Path
+    step: int
+
+    def path(self, kind: str) -> Path:
+        return self.folder / f"step_{self.step:08d}.{kind}"
+
+    def state(self) -> dict[str, object]:
+        return json.loads(self.path("state.json").read_text(encoding="utf-8"))
+
+    def weights(self) -> dict[str, Tensor]:
+        header = read_header(self.path("model.safetensors"))
+        return read_tensors(header, list(header.tensors))
+
+
+def list_checkpoints(folder: Path) -> list[Checkpoint]:
+    """Whole checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    steps = sorted(int(match[1]) for name in folder.iterdir() if (match := _STATE.match(name.name)))
+    return [Checkpoint(folder, step) for step in steps]
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, object],
+    keep: int,
+    metadata: dict[str, str],
+) -> Checkpoint:
+    """Writes a checkpoint, then removes all but the newest `keep`. A locked vision tower is not in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = Checkpoint(folder, step)
+    weights = {name: p.detach().cpu() for name, p in _saved(model).items()}
+    moments, counters = _flatten(optimizer)
+    write_safetensors(weights, checkpoint.path("model.safetensors"), metadata | {"step": str(step)})
+    write_safetensors(moments, checkpoint.path("optimizer.safetensors"), {"step": str(step)})
+    write_json(state | {"step": step, "optimizer": counters}, checkpoint.path("state.json"))
+    for old in list_checkpoints(folder)[:-keep]:
+        remove(old)
+    return checkpoint
+
+
+def remove(checkpoint: Checkpoint) -> None:
+    """Deletes a checkpoint, the mark of its being whole first."""
+    for kind in reversed(_KINDS):
+        checkpoint.path(kind).unlink(missing_ok=True)
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+    """Loads a checkpoint into a model and an optimizer of the same form; returns its JSON state.
+
+    Raises InputError when the checkpoint belongs to other parameters.
+    """
+    state = checkpoint.state()
+    weights = checkpoint.weights()
+    parameters = _saved(model)
+    odd = sorted(set(parameters) ^ set(weights))
+    if odd:
+        raise InputError(f"{checkpoint.path('model.safetensors')} does not fit this run: {odd[:5]} of {len(odd)} tensors")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    header = read_header(checkpoint.path("optimizer.safetensors"))
+    _unflatten(optimizer, read_tensors(header, list(header.tensors)), state["optimizer"])
+    return state
+
+
+def _saved(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The text tower whole, frozen parameters too, so that a checkpoint is usable alone; of the rest what is trained."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad or not n.startswith("visual.")}
+
+
+def _named(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    return {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    }
+
+
+def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Optimizer state as `name|key` tensors, and the step counters, which torch keeps as scalars of their own."""
+    moments: dict[str, Tensor] = {}
+    counters: dict[str, float] = {}
+    for name, parameter in _named(optimizer).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if key == "step":
+                counters[name] = float(value)
+            else:
+                moments[f"{name}|{key}"] = value.detach().cpu()
+    return moments, counters
+
+
+def _unflatten(
+    optimizer: torch.optim.Optimizer, moments: dict[str, Tensor], counters: dict[str, float]
+) -> None:
+    parameters = _named(optimizer)
+    optimizer.state.clear()
+    for name, count in counters.items():
+        optimizer.state[parameters[name]]["step"] = torch.tensor(count)
+    for key, tensor in moments.items():
+        name, _, kind = key.partition("|")
+        optimizer.state[parameters[name]][kind] = tensor.to(parameters[name].device)

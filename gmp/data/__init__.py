@@ -1,0 +1,1 @@
+"""From captioned pictures to batches: captions (index), images (preprocessing), sampler (order)."""

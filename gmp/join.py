@@ -1,0 +1,104 @@
+"""Puts a text encoder and a vision tower together as one CLIP, and says for every tensor where it came from.
+
+Most text-encoder files lack `text_projection` and `logit_scale`: clip_l's are in no SDXL, SD1 or Flux file. The original
+CLIP lends them. ComfyUI's CLIPSave writes a projection of zeros or an identity for clip_l; such ones are not used.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .clip import CLIP, CLIPConfig
+from .errors import InputError
+from .layouts import TowerFile
+
+START_LOGIT_SCALE = math.log(1 / 0.07)  # what CLIP's training starts with
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where one tensor, or one group of tensors, of the joined CLIP came from."""
+
+    name: str
+    tensors: int
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A canonical state dict of a whole CLIP, its shape, and the report."""
+
+    state: dict[str, Tensor]
+    config: CLIPConfig
+    report: tuple[Origin, ...]
+    assumptions: tuple[str, ...]
+
+    def build(self) -> CLIP:
+        """A CLIP with these weights, in memory of its own."""
+        clip = CLIP(self.config)
+        clip.load_state_dict(self.state)
+        return clip
+
+
+def join(text: TowerFile, vision: TowerFile, original: TowerFile | None = None) -> Joined:
+    """text tower + vision tower + the original's text tower, which lends what the text encoder's file lacks.
+
+    Raises InputError when the towers do not belong together, naming the widths, or when nothing lends a projection.
+    """
+    lent = {} if original is None else original.state
+    state = {n: t for n, t in text.state.items() if n not in ("text_projection", "logit_scale")}
+    report = [Origin("text tower", len(state), text.source.path, "the encoder to repair")]
+    width, embed_dim = text.config.width, vision.config.embed_dim
+
+    own = text.state.get("text_projection")
+    fault = None if own is None else _fault(own)
+    foreign = lent.get("text_projection")
+    if own is not None and fault is None:
+        projection, source, reason = own, text.source.path, "its own"
+    elif foreign is not None:
+        projection, source = foreign, original.source.path
+        reason = f"lent by the original: the text encoder's {fault or 'file has none'}"
+    else:
+        raise InputError(
+            f"{text.source.path} has no usable text_projection ({fault or 'its file lacks it'}) and "
+            f"{vision.source.path} lends none; give the full original CLIP, text tower included, as the vision file"
+        )
+    if projection.shape != (width, embed_dim):
+        raise InputError(
+            f"{text.source.path} and {vision.source.path} do not belong together: the text tower is {width} wide, the "
+            f"vision tower embeds into {embed_dim} dimensions, and the projection from {source} is "
+            f"{projection.shape[0]} × {projection.shape[1]}; give the CLIP that this text encoder was part of"
+        )
+    state["text_projection"] = projection
+    report.append(Origin("text_projection", 1, source, reason))
+
+    if "logit_scale" in lent:
+        scale, source, reason = lent["logit_scale"], original.source.path, "lent by the original"
+    elif "logit_scale" in text.state:
+        scale, source, reason = text.state["logit_scale"], text.source.path, "the original lends none"
+    else:
+        scale, source, reason = torch.tensor(START_LOGIT_SCALE), "CLIP's starting value 1/0.07", "no file has it"
+    state["logit_scale"] = scale
+    report.append(Origin("logit_scale", 1, source, reason))
+
+    state |= vision.state
+    report.append(Origin("vision tower", len(vision.state), vision.source.path, "what the text is aligned with"))
+    config = CLIPConfig(replace(text.config, embed_dim=embed_dim), vision.config)
+    assumptions = tuple(
+        f"{tower.source.path}: {sentence}" for tower in (text, vision) for sentence in tower.source.assumptions
+    )
+    return Joined(state, config, tuple(report), assumptions)
+
+
+def _fault(projection: Tensor) -> str | None:
+    """Why a projection cannot be a trained one; None if it may be."""
+    if not projection.any():
+        return "projection is all zeros"
+    if projection.shape[0] == projection.shape[1] and torch.equal(projection, torch.eye(len(projection))):
+        return "projection is an identity"
+    return None

@@ -1,0 +1,134 @@
+"""The one form that a CLIP has in memory: OpenAI's names, fused qkv, projections used as x @ P.
+
+A Piece says from which tensors of a file one canonical tensor is put together. The same Piece takes it apart
+again, so a naming is one function `piece(name)`, used in both directions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOWERS = ("text", "vision")
+STACK = {"text": "transformer.resblocks", "vision": "visual.transformer.resblocks"}
+# Shapes are written in sizes that the first tensor to mention them settles; numbers are fixed.
+OUTSIDE = {
+    "text": {
+        "token_embedding.weight": ("vocab", "width"),
+        "positional_embedding": ("context", "width"),
+        "ln_final.weight": ("width",),
+        "ln_final.bias": ("width",),
+        "text_projection": ("width", "embed"),
+        "logit_scale": (),
+    },
+    "vision": {
+        "visual.class_embedding": ("width",),
+        "visual.conv1.weight": ("width", 3, "patch", "patch"),
+        "visual.positional_embedding": ("rows", "width"),  # rows = 1 + grid * grid
+        "visual.ln_pre.weight": ("width",),
+        "visual.ln_pre.bias": ("width",),
+        "visual.ln_post.weight": ("width",),
+        "visual.ln_post.bias": ("width",),
+        "visual.proj": ("width", "embed"),
+    },
+}
+BLOCK = {
+    "ln_1.weight": ("width",),
+    "ln_1.bias": ("width",),
+    "attn.in_proj_weight": ("3 width", "width"),
+    "attn.in_proj_bias": ("3 width",),
+    "attn.out_proj.weight": ("width", "width"),
+    "attn.out_proj.bias": ("width",),
+    "ln_2.weight": ("width",),
+    "ln_2.bias": ("width",),
+    "mlp.c_fc.weight": ("mlp", "width"),
+    "mlp.c_fc.bias": ("mlp",),
+    "mlp.c_proj.weight": ("width", "mlp"),
+    "mlp.c_proj.bias": ("width",),
+}
+# What a text encoder's own file usually lacks; the original CLIP lends it when the towers are joined.
+LENT = ("text_projection", "logit_scale")
+
+_BLOCK_NAME = re.compile(r"^((?:visual\.)?transformer\.resblocks)\.(\d+)\.(.+)$")
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The tensors of a file that make one canonical tensor: stacked along dim 0, or transposed."""
+
+    keys: tuple[str, ...]
+    transposed: bool = False
+
+
+def block_name(name: str) -> tuple[str, int, str] | None:
+    """Stack, block number and inner name of a canonical tensor inside a block; None outside of blocks."""
+    match = _BLOCK_NAME.match(name)
+    return (match[1], int(match[2]), match[3]) if match else None
+
+
+def expected(tower: str, blocks: Iterable[int]) -> dict[str, tuple[int | str, ...]]:
+    """Every tensor of a tower that has these blocks, with its shape in sizes."""
+    inside = {f"{STACK[tower]}.{n}.{name}": shape for n in blocks for name, shape in BLOCK.items()}
+    return {**OUTSIDE[tower], **inside}
+
+
+def is_vision(name: str) -> bool:
+    return name.startswith("visual.")
+
+
+def sizes_of(tower: str, names: Mapping[str, tuple], shapes: Mapping[str, Shape]) -> tuple[dict, list[str]]:
+    """Sizes that the shapes of a tower's tensors settle, and a sentence for those that contradict each other.
+
+    names: as `expected` gives them; shapes: what is there, by canonical name.
+    """
+    sizes: dict[str, int] = {}
+    wrong = []
+    for name, symbols in names.items():
+        if (shape := shapes.get(name)) is None:
+            continue
+        if len(shape) == len(symbols):
+            for symbol, length in zip(symbols, shape, strict=True):
+                if isinstance(symbol, str) and symbol != "3 width":
+                    sizes.setdefault(symbol, length)
+        if "width" in sizes:
+            sizes["3 width"] = 3 * sizes["width"]
+        wanted = tuple(sizes.get(symbol, symbol) for symbol in symbols)
+        if shape != wanted:
+            wrong.append(f"{name} is {list(shape)} and not {list(wanted)}")
+    sizes.pop("3 width", None)
+    if "rows" in sizes and round((sizes["rows"] - 1) ** 0.5) ** 2 != sizes["rows"] - 1:
+        wrong.append(
+            f"visual.positional_embedding has {sizes['rows']} rows, not one more than a square number"
+        )
+    return sizes, [f"shapes do not fit together: {some(wrong)}"] if wrong else []
+
+
+def assemble(name: str, piece: Piece, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The canonical tensor from the tensors of a file."""
+    import torch
+
+    parts = [tensors[key] for key in piece.keys]
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if name == "logit_scale":  # some trainers store it with shape (1,)
+        whole = whole.reshape(())
+    return whole.T.contiguous() if piece.transposed else whole
+
+
+def take_apart(piece: Piece, tensor: Tensor) -> dict[str, Tensor]:
+    """The tensors of a file from a canonical tensor; the inverse of `assemble`."""
+    whole = tensor.T if piece.transposed else tensor
+    parts = (whole,) if len(piece.keys) == 1 else whole.chunk(len(piece.keys))
+    return dict(zip(piece.keys, parts, strict=True))
+
+
+def some(names: Iterable[str], shown: int = 6) -> str:
+    """The first names in order, and how many there are if that is not all."""
+    names = sorted(names)
+    rest = f" … ({len(names)} in all)" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + rest

@@ -1,0 +1,220 @@
+"""What is in a file, from its header alone: which towers, where, how large, and what is wrong with them.
+
+Needs no torch and reads no tensor, so that `inspect` answers at once for a checkpoint of any size.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+
+from ..files import Header
+from . import huggingface, open_clip, openai, single_file
+from .canonical import LENT, Piece, Shape, expected, sizes_of, some
+from .gmp import in_radius_and_direction
+from .place import TEXT_PROJECTIONS, Place
+
+PLACES = (*openai.PLACES, *huggingface.PLACES, *open_clip.PLACES, *single_file.PLACES)
+BUFFERS = (*openai.BUFFERS, *huggingface.BUFFERS)
+DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+NAMES = {"text": "text encoder", "vision": "vision tower"}
+
+_STACK_KEY = re.compile(r"^(.*?(?:transformer\.resblocks|encoder\.layers))\.(\d{1,6})\.")
+_LORA = re.compile(r"lora_(down|up|A|B)\b|lora\.(down|up)\.|\.(hada|lokr)_w\d|\.dora_scale|^lora_")
+_T5 = re.compile(r"(^|\.)encoder\.block\.\d+\.layer\.\d+\.|^shared\.weight$")
+_DIFFUSION = re.compile(
+    r"^(model\.)?(diffusion_model|double_blocks|joint_blocks|transformer_blocks|down_blocks|input_blocks)\."
+)
+_VAE = re.compile(r"^(first_stage_model\.|vae\.|(en|de)coder\.(conv_in|conv_out|mid|mid_block|down|up)\b)")
+_SCALED = re.compile(r"(^|\.)(scale_weight|scale_input|weight_scale|input_scale|scaled_fp8|comfy_quant)$")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tower in a file. Names of tensors in the sentences and lists are the file's own."""
+
+    place: Place
+    layout: str
+    member: str | None  # "clip_l", "clip_g", "clip_h"; None for a vision tower
+    layers: int
+    sizes: dict[str, int]  # width, mlp, embed; text: vocab, context; vision: patch, rows
+    parameters: int
+    dtypes: dict[str, int]  # how many tensors of each
+    pieces: dict[str, Piece]  # canonical name -> tensors of the file
+    missing: tuple[str, ...]  # canonical names that another CLIP has to lend
+    unexpected: tuple[str, ...]  # not part of a CLIP; not read
+    buffers: tuple[str, ...]  # position ids and the like; not weights
+    problems: tuple[str, ...]  # reasons not to read this tower
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds.
+
+    kind: "clip", "text_encoder", "vision_tower", "checkpoint" (with or without a text encoder),
+    "diffusion_model", "vae", "lora", "t5" or "unknown".
+    layout: the layouts of the towers, joined by "+"; "" where there is none.
+    """
+
+    kind: str
+    layout: str
+    text: dict[str, Part]
+    vision: Part | None
+    problems: tuple[str, ...]
+
+
+def describe(header: Header) -> Contents:
+    """Find the towers in a file. Problems are listed and not raised."""
+    keys = header.tensors.keys()
+    if any(_LORA.search(key) for key in keys):
+        return Contents("lora", "", {}, None, (_LORA_ADVICE,))
+    stacks: dict[str, set[int]] = defaultdict(set)
+    for key in keys:
+        if match := _STACK_KEY.match(key):
+            stacks[match[1]].add(int(match[2]))
+    places = [place for place in PLACES if place.stack in stacks and _is_at(place, keys)]
+    parts = [_part(place, stacks[place.stack], header) for place in places]
+
+    text: dict[str, Part] = {}
+    problems = []
+    for part in parts:
+        if part.place.tower == "text" and text.setdefault(part.member, part) is not part:
+            both = f"{text[part.member].place.stack} and {part.place.stack}"
+            problems.append(f"holds {part.member} twice, at {both}; the first is read")
+    vision = next((part for part in parts if part.place.tower == "vision"), None)
+    kind = _kind(keys, bool(text), vision is not None)
+    if not parts:
+        elsewhere = some(stacks.keys() - {place.stack for place in places})
+        problems.append(_nothing_found(kind, elsewhere, keys))
+    layout = "+".join(dict.fromkeys(part.layout for part in parts))
+    problems += [f"{part.member or 'vision'}: {problem}" for part in parts for problem in part.problems]
+    return Contents(kind, layout, text, vision, tuple(problems))
+
+
+def _is_at(place: Place, keys: Iterable[str]) -> bool:
+    """Tell text from vision where transformers left out the level that says so."""
+    if not place.level:
+        return True
+    seen = any(place.root + name in keys for name in ("embeddings.class_embedding", "pre_layrnorm.weight"))
+    return seen == (place.tower == "vision")
+
+
+def _part(place: Place, blocks: set[int], header: Header) -> Part:
+    keys = {key for key in header.tensors if place.owns(key)}
+    names = expected(place.tower, sorted(blocks))
+    if place.piece is openai.piece:
+        names = in_radius_and_direction(names, lambda name: place.key(name) in keys)
+    pieces = {name: place.keys(place.piece(name)) for name in names}
+    problems = _gaps(place, blocks)
+    if place.tower == "text":
+        forms = [form for piece in TEXT_PROJECTIONS if (form := place.keys(piece)).keys[0] in keys]
+        if len(forms) > 1:
+            problems.append("both text_projection and text_projection.weight, its transpose, are there")
+        if forms:
+            pieces["text_projection"] = forms[0]
+
+    absent = {name: [key for key in piece.keys if key not in keys] for name, piece in pieces.items()}
+    missing = tuple(name for name in LENT if absent.get(name))
+    if lost := [key for name, gone in absent.items() if name not in LENT for key in gone]:
+        problems.append(f"tensors are missing: {some(lost)}")
+    known = {key for piece in pieces.values() for key in piece.keys}
+    pieces = {name: piece for name, piece in pieces.items() if not absent[name]}
+
+    used = known & keys
+    buffers = {key for key in keys - used if key.rpartition(".")[2] in BUFFERS}
+    unexpected = keys - used - buffers
+    problems += _unreadable(place, used, unexpected, header)
+    shapes = {name: _shape(name, piece, header) for name, piece in pieces.items()}
+    sizes, contradictions = sizes_of(place.tower, names, shapes)
+    width = sizes.get("width", 0)
+    return Part(
+        place=place,
+        layout="gmp" if any(name.endswith(".theta") for name in names) else place.layout,
+        member=(place.member or _member(width)) if place.tower == "text" else None,
+        layers=len(blocks),
+        sizes=sizes,
+        parameters=sum(math.prod(header.tensors[key].shape) for key in used),
+        dtypes=dict(sorted(Counter(header.tensors[key].dtype for key in used).items())),
+        pieces=pieces,
+        missing=missing,
+        unexpected=tuple(sorted(unexpected)),
+        buffers=tuple(sorted(buffers)),
+        problems=(*problems, *contradictions),
+    )
+
+
+def _gaps(place: Place, blocks: set[int]) -> list[str]:
+    count = max(blocks) + 1 - len(blocks)
+    if not count:
+        return []
+    first = islice((number for number in range(max(blocks)) if number not in blocks), 6)
+    more = " …" if count > 6 else ""
+    return [f"blocks are missing from {place.stack}: {', '.join(map(str, first))}{more} ({count} in all)"]
+
+
+def _unreadable(place: Place, used: set[str], unexpected: set[str], header: Header) -> list[str]:
+    """Sentences for tensors that make this another model than the canonical form can hold."""
+    if scaled := {key for key in unexpected if _SCALED.search(key)}:
+        return [f"is scaled fp8, which is not read; give the fp16 or fp32 edition ({some(scaled, 2)})"]
+    problems = []
+    if strange := {key for key in used if header.tensors[key].dtype not in DTYPES}:
+        types = some({header.tensors[key].dtype for key in strange})
+        problems.append(f"tensors are {types}, not a floating point type that is read: {some(strange)}")
+    if any(key.endswith("positional_embedding_res") for key in unexpected):
+        problems.append("is a raw Long-CLIP (positional_embedding_res), which is not read")
+    foreign = (f"{place.stack}.", place.key("text_projection."))
+    if extra := {key for key in unexpected if key.startswith(foreign)}:
+        problems.append(f"tensors are not those of a CLIP: {some(extra)}")
+    return problems
+
+
+def _shape(name: str, piece: Piece, header: Header) -> Shape:
+    """The shape that `assemble` will give, from the header."""
+    shape, *others = (header.tensors[key].shape for key in piece.keys)
+    if name == "logit_scale" and shape == (1,):
+        return ()
+    if others and shape:
+        shape = (shape[0] + sum(other[0] for other in others if other), *shape[1:])
+    return shape[::-1] if piece.transposed else shape
+
+
+def _member(width: int) -> str:
+    """What a text encoder in a file of its own is called, by its width."""
+    return {1024: "clip_h", 1280: "clip_g"}.get(width, "clip_l")
+
+
+def _kind(keys: Iterable[str], text: bool, vision: bool) -> str:
+    if any(key.startswith("model.diffusion_model.") for key in keys):
+        return "checkpoint"
+    if any(_DIFFUSION.match(key) for key in keys):
+        return "checkpoint" if text else "diffusion_model"
+    if text or vision:
+        return "clip" if text and vision else "text_encoder" if text else "vision_tower"
+    if any(_T5.search(key) for key in keys):
+        return "t5"
+    return "vae" if any(_VAE.match(key) for key in keys) else "unknown"
+
+
+_LORA_ADVICE = (
+    "is a LoRA, not a text encoder: apply it in ComfyUI and use Text Encoder from CLIP, "
+    "or give the base model's encoder"
+)
+_ADVICE = {
+    "t5": "is a T5 text encoder; only CLIP text encoders can be repaired: give clip_l or clip_g",
+    "vae": "is a VAE, not a text encoder; give a CLIP text encoder or a checkpoint that holds one",
+    "checkpoint": "is a checkpoint without a text encoder; give one with it, or the text encoder's own file",
+    "diffusion_model": "is a diffusion model without a text encoder; give the text encoder's own file",
+    "unknown": "holds no CLIP in any layout that is read",
+}
+
+
+def _nothing_found(kind: str, elsewhere: str, keys: Iterable[str]) -> str:
+    if elsewhere:
+        return f"holds transformer blocks at {elsewhere}, where no layout that is read keeps a CLIP"
+    if kind == "unknown":
+        return f"{_ADVICE[kind]}; it begins with {some(keys, 3) or 'no tensors at all'}"
+    return _ADVICE[kind]

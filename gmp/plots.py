@@ -1,0 +1,65 @@
+"""Pictures of a run, drawn with matplotlib without touching its global state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+from .files import write_bytes
+
+# Okabe and Ito's colours, told apart by colour-blind readers too
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def smooth(values: Sequence[float | None], horizon: int) -> list[float]:
+    """Exponential moving average that starts unbiased (Adam's correction); None counts as nothing."""
+    keep = 1 - 1 / max(1, horizon)
+    total = weight = 0.0
+    line = []
+    for value in values:
+        if value is not None:
+            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        line.append(total / weight if weight else float("nan"))
+    return line
+
+
+def plot_losses(events: Sequence[dict[str, object]], path: Path) -> None:
+    """Losses over steps, and recall and read-point cosine on held-out pairs below, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps = [event for event in events if event["type"] == "step"]
+    measures = [event for event in events if event["type"] == "measure"]
+    figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    at = [event["step"] for event in steps]
+    horizon = max(1, len(steps) // 50)
+    for colour, name in zip(COLOURS, steps[0]["losses"] if steps else (), strict=False):
+        values = [event["losses"][name] for event in steps]
+        upper.plot(at, [float("nan") if v is None else v for v in values], color=colour, alpha=0.25, linewidth=0.8)
+        upper.plot(at, smooth(values, horizon), color=colour, label=name)
+    upper.set_ylabel("loss")
+    upper.set_yscale("log")
+    upper.legend(frameon=False)
+    upper.grid(alpha=0.3)
+
+    at = [event["step"] for event in measures]
+    lines = {
+        "recall@1 text → image": [event["recall_at_1_text_to_image"] for event in measures],
+        "recall@1 image → text": [event["recall_at_1_image_to_text"] for event in measures],
+    }
+    for point in ("penultimate", "pooled"):
+        if measures and point in measures[0]["drift"]:
+            lines[f"cosine to the original, {point}"] = [event["drift"][point]["cosine"] for event in measures]
+    for colour, (name, values) in zip(COLOURS, lines.items(), strict=False):
+        lower.plot(at, values, color=colour, marker="o", markersize=4, label=name)
+    lower.set_ylim(-0.05, 1.05)
+    lower.set_ylabel("held-out pairs")
+    lower.set_xlabel("step")
+    lower.legend(frameon=False, loc="lower right")
+    lower.grid(alpha=0.3)
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
+    write_bytes(picture.getvalue(), path)
