@@ -85,7 +85,9 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     parameters = _saved(model)
     odd = sorted(set(parameters) ^ set(weights))
     if odd:
-        raise InputError(f"{checkpoint.path('model.safetensors')} does not fit this run: {odd[:5]} of {len(odd)} tensors")
+        raise InputError(
+            f"{checkpoint.path('model.safetensors')} does not fit this run: {odd[:5]} of {len(odd)} tensors"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
@@ -95,7 +97,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
 
 
 def _saved(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The text tower whole, frozen parameters too, so that a checkpoint is usable alone; of the rest what is trained."""
+    """The text tower whole, so that a checkpoint is usable alone; of the rest what is trained."""
     return {n: p for n, p in model.named_parameters() if p.requires_grad or not n.startswith("visual.")}
 
 
@@ -120,9 +122,7 @@ def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[
     return moments, counters
 
 
-def _unflatten(
-    optimizer: torch.optim.Optimizer, moments: dict[str, Tensor], counters: dict[str, float]
-) -> None:
+def _unflatten(optimizer: torch.optim.Optimizer, moments: dict[str, Tensor], counters: dict[str, float]) -> None:
     parameters = _named(optimizer)
     optimizer.state.clear()
     for name, count in counters.items():

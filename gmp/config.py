@@ -113,7 +113,9 @@ def _problems(config: RepairConfig) -> list[str]:
         "epochs": 1, "batch": 2, "accumulate": 1, "anchor_captions": 1, "held_out_most": 1, "save_every": 1, "keep": 1,
         "seed": 0, "weight_decay": 0, "clip_norm": 0,
     }  # fmt: skip
-    problems += [f"{n} is {getattr(config, n)}, less than {low}" for n, low in least.items() if getattr(config, n) < low]
+    problems += [
+        f"{n} is {getattr(config, n)}, less than {low}" for n, low in least.items() if getattr(config, n) < low
+    ]
     for name, high in {"warmup": 1, "smoothing": 1, "held_out": 0.9}.items():
         if not 0 <= getattr(config, name) < high:
             problems.append(f"{name} is {getattr(config, name)}, not in 0..{high}")

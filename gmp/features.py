@@ -141,6 +141,4 @@ def embed_pictures(
             known.update(zip(whole, features, strict=True))
     found = {name: known[key] for name, key in zip(names, keys, strict=True) if key in known}
     reasons = {missing[key]: broken[root / missing[key]] for key in fresh if key not in known}
-    return found, {
-        name: reasons[missing[key]] for name, key in zip(names, keys, strict=True) if key not in known
-    }
+    return found, {name: reasons[missing[key]] for name, key in zip(names, keys, strict=True) if key not in known}

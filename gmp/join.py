@@ -1,7 +1,8 @@
 """Puts a text encoder and a vision tower together as one CLIP, and says for every tensor where it came from.
 
-Most text-encoder files lack `text_projection` and `logit_scale`: clip_l's are in no SDXL, SD1 or Flux file. The original
-CLIP lends them. ComfyUI's CLIPSave writes a projection of zeros or an identity for clip_l; such ones are not used.
+Most text-encoder files lack `text_projection` and `logit_scale`: clip_l's are in no SDXL, SD1 or Flux file. The
+original CLIP lends them. ComfyUI's CLIPSave writes a projection of zeros or an identity for clip_l; such ones are
+not used.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .clip import CLIP, CLIPConfig
+from .clip import CLIP, CLIPConfig, TextTower
 from .errors import InputError
 from .layouts import TowerFile
 
@@ -93,6 +94,16 @@ def join(text: TowerFile, vision: TowerFile, original: TowerFile | None = None) 
         f"{tower.source.path}: {sentence}" for tower in (text, vision) for sentence in tower.source.assumptions
     )
     return Joined(state, config, tuple(report), assumptions)
+
+
+def text_tower(file: TowerFile, joined: Joined) -> TextTower:
+    """A frozen text tower with a file's weights; the projection is the joined one where the file has none that fits."""
+    own = file.state.get("text_projection")
+    fits = own is not None and own.shape[1] == joined.config.text.embed_dim and _fault(own) is None
+    tower = TextTower(replace(file.config, embed_dim=joined.config.text.embed_dim))
+    state = {name: tensor for name, tensor in file.state.items() if name != "logit_scale"}
+    tower.load_state_dict(state | {"text_projection": own if fits else joined.state["text_projection"]})
+    return tower.requires_grad_(False)
 
 
 def _fault(projection: Tensor) -> str | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from .clip import READ_POINTS, ReadPoints, TextTower
 
 RECALLS = (1, 5, 10)
+DRIFT_CAPTIONS = 256  # that drift is measured on: at the full context length, 77 rows each
 
 
 @dataclass(frozen=True)
@@ -137,4 +138,20 @@ def drift(tower: TextTower, other: TextTower, ids: Tensor, batch: int = 64) -> d
     return {
         point: Drift(cosine / rows, 1 - cosine / rows, norm / rows)
         for point, (cosine, norm, rows) in ((point, total.tolist()) for point, total in sums.items())
+    }
+
+
+def measure_tower(
+    tower: TextTower, image_features: Tensor, ids: Tensor, owners: Sequence[int], reference: TextTower | None
+) -> dict[str, object]:
+    """Retrieval at `projected`, and drift from `reference` at every read point, as JSON values.
+
+    ids (captions, context_length); owners[j] is the picture of caption j.
+    """
+    found = retrieval(image_features, text_features(tower, ids), owners)
+    moved = {} if reference is None else drift(tower, reference, ids[:DRIFT_CAPTIONS])
+    return found.flat() | {
+        "images": found.images,
+        "captions": found.captions,
+        "drift": {point: asdict(value) for point, value in moved.items()},
     }

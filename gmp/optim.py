@@ -1,7 +1,7 @@
 """Parameter groups and learning-rate schedules.
 
-A group's rate is `initial_lr × schedule(step)`, so that rates per group survive any schedule. (A scheduler that is given
-one maximum for all groups, as `OneCycleLR(max_lr=x)` is, overwrites them.)
+A group's rate is `initial_lr × schedule(step)`, so that rates per group survive any schedule. (A scheduler that is
+given one maximum for all groups, as `OneCycleLR(max_lr=x)` is, overwrites them.)
 """
 
 from __future__ import annotations

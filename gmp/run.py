@@ -1,7 +1,7 @@
 """One repair from inputs to result, in a run folder that is the long-term truth.
 
-`repair` is a generator of events: it resumes what the folder holds, trains, measures, saves and exports. `Worker` drives
-it in a thread. The same inputs and settings are the same run, named by `run_id`.
+`repair` is a generator of events: it resumes what the folder holds, trains, measures, saves and exports. `Worker`
+drives it in a thread. The same inputs and settings are the same run, named by `run_id`.
 
     run.json            settings and identity of the inputs
     join.json           where every tensor of the joined CLIP came from
@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from . import __version__, checkpoint, telemetry
-from .clip import CLIP, TextConfig, TextTower
+from .clip import CLIP, TextTower
 from .config import RepairConfig
 from .data.captions import Index, check_pictures, split
 from .data.images import PicturesAhead
@@ -39,17 +39,16 @@ from .errors import InputError
 from .features import content_keys, embed_pictures
 from .files import write_json
 from .geometric import fold, fold_state
-from .join import Joined, join
+from .join import Joined, join, text_tower
 from .layouts import TowerFile, write_clip, write_text
-from .measure import Retrieval, drift, retrieval, text_features
+from .measure import measure_tower
 from .plots import plot_losses
 from .tokenizer import Tokens
-from .trainer import Pairs, Training, held_out_loss, prepare, teacher, train
+from .trainer import Pairs, Training, held_out_loss, prepare, train
 
 Event = dict[str, object]
 RESULT = "text_encoder.safetensors"
 BEST = "best_text_encoder.safetensors"
-DRIFT_CAPTIONS = 256  # that drift is measured on
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,9 @@ class Status:
         return f"interrupted, resumable at step {self.step}" if self.state == "interrupted" else self.state
 
 
-def _lock(folder: Path) -> FileLock:
-    return FileLock(folder / "lock", timeout=0)
+def _lock(folder: Path, timeout: float = 0.0) -> FileLock:
+    """Held by whoever trains in the folder; the system lets go of it when that process dies. timeout: seconds"""
+    return FileLock(folder / "lock", timeout=timeout)
 
 
 def status(folder: Path) -> Status:
@@ -107,14 +107,13 @@ def run_id(description: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _claim(folder: Path, description: dict[str, object]) -> None:
-    """Writes `run.json`, or checks that the folder belongs to this very run. Raises InputError naming what differs."""
+def _check_folder(folder: Path, description: dict[str, object]) -> None:
+    """Raises InputError when the folder belongs to another run, naming what differs, or to something else."""
     path = folder / "run.json"
     if not path.exists():
         strangers = [p.name for p in folder.iterdir() if p.name != "lock"]
         if strangers:
             raise InputError(f"{folder} is not empty and not a run's folder (it holds {strangers[:5]}); choose another")
-        write_json(description | {"gmp_version": __version__}, path)
         return
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -151,12 +150,15 @@ def repair(
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _lock(folder):
+        with _lock(folder, timeout=1.0):  # longer than `status` holds it
             for event in _repair(inputs, config, folder, cache, device, stop):
                 event["t"] = round(time.time(), 3)
                 if event["type"] != "progress":
                     telemetry.append(folder, event)
                 yield event
+                if event["type"] == "progress" and stop():
+                    yield {"type": "stopped", "step": 0, "steps": None, "run": str(folder)}
+                    return
     except Timeout:
         raise InputError(f"{folder} is being trained by another process; wait for it or stop it") from None
 
@@ -166,22 +168,30 @@ def _repair(
 ) -> Iterator[Event]:
     names = [picture.path for picture in inputs.index.pictures]
     keys = yield from content_keys(inputs.index.root, names, cache)
-    _claim(folder, describe_run(inputs, keys, config))
+    description = describe_run(inputs, keys, config)
+    _check_folder(folder, description)
     if (folder / "result.json").exists() and (folder / RESULT).exists():
         yield {"type": "done", "run": str(folder), "resumed": True}
         return
+    held_out = _held_out(len(names), config)
+    if len(names) - held_out < config.step_pairs:
+        raise InputError(
+            f"{len(names)} pictures, of which {held_out} are held out, are fewer than one step of {config.step_pairs} "
+            f"pairs (batch {config.batch} × accumulate {config.accumulate}); add pictures, or make the batch smaller"
+        )
     joined = join(inputs.text, inputs.vision, inputs.original)
     report = {"tensors": [asdict(origin) for origin in joined.report], "assumptions": joined.assumptions}
+    teachers = _teachers(inputs, joined, config, device)
+    if not (folder / "run.json").exists():
+        write_json(description | {"gmp_version": __version__}, folder / "run.json")
     write_json(report, folder / "join.json")
     yield {"type": "join"} | report
-    teachers = _teachers(inputs, joined, config, device)
     clip = joined.build().to(device)
 
     index, pictures = yield from _pictures(inputs.index, clip, names, keys, config, cache)
-    most = min(config.held_out_most, len(index) // 2)
-    train_index, held_index = split(index, min(most, max(2, round(config.held_out * len(index)))), config.seed)
-    training_tokens = inputs.tokenize(_captions(train_index))
-    held_tokens = inputs.tokenize(_captions(held_index))
+    train_index, held_index = split(index, _held_out(len(index), config), config.seed)
+    training_tokens = inputs.tokenize(train_index.captions())
+    held_tokens = inputs.tokenize(held_index.captions())
     dataset = asdict(index.report) | {
         "training pictures": len(train_index),
         "held-out pictures": len(held_index),
@@ -194,17 +204,24 @@ def _repair(
     pairs = Pairs(
         training_tokens.ids,
         train_index.caption_counts,
-        torch.stack([pictures[p.path] for p in train_index.pictures]) if pictures else None,
+        _rows(pictures, train_index) if pictures else None,
         None if pictures else PicturesAhead(train_index.paths, clip.visual.vision_config.image_size),
     )
     held = HeldOut(
         held_index,
         held_tokens.ids,
-        torch.stack([pictures[p.path] for p in held_index.pictures]) if pictures else None,
+        _rows(pictures, held_index) if pictures else None,
     )
-    reference = teachers.get("original") or _tower(inputs.original, joined, device)
+    reference = teachers.get("original") or (inputs.original and text_tower(inputs.original, joined).to(device))
     training = prepare(clip, pairs, config, device)
     yield from _train(training, pairs, held, teachers, reference, config, folder, joined, device, stop)
+
+
+def _held_out(pictures: int, config: RepairConfig) -> int:
+    """How many pictures are measured and not trained on: at least 2 unless none are wanted, at most half."""
+    if not config.held_out:
+        return 0
+    return min(max(2, round(config.held_out * pictures)), config.held_out_most, pictures // 2)
 
 
 def _pictures(
@@ -218,26 +235,7 @@ def _pictures(
     return index.without(broken), found
 
 
-def _captions(index: Index) -> list[str]:
-    return [caption for picture in index.pictures for caption in picture.captions]
-
-
-def _tower(file: TowerFile | None, joined: Joined, device: torch.device) -> TextTower | None:
-    """A frozen text tower with a file's weights; what the file lacks is taken from the joined CLIP."""
-    if file is None:
-        return None
-    config = TextConfig(**asdict(file.config) | {"embed_dim": joined.config.text.embed_dim})
-    tower = TextTower(config)
-    state = {"text_projection": joined.state["text_projection"]} | file.state
-    if state["text_projection"].shape != tower.text_projection.shape:
-        state["text_projection"] = joined.state["text_projection"]
-    tower.load_state_dict({name: tensor for name, tensor in state.items() if name != "logit_scale"})
-    return tower.requires_grad_(False).to(device)
-
-
-def _teachers(
-    inputs: Inputs, joined: Joined, config: RepairConfig, device: torch.device
-) -> dict[str, TextTower]:
+def _teachers(inputs: Inputs, joined: Joined, config: RepairConfig, device: torch.device) -> dict[str, TextTower]:
     wanted = {anchor.teacher for anchor in config.anchors}
     if "original" in wanted and inputs.original is None:
         raise InputError(
@@ -245,7 +243,7 @@ def _teachers(
             "file, or set the anchors to none"
         )
     files = {"original": inputs.original, "broken": inputs.text}
-    towers = {name: _tower(files[name], joined, device) for name in sorted(wanted)}
+    towers = {name: text_tower(files[name], joined).to(device) for name in sorted(wanted)}
     for name, tower in towers.items():
         if tower.text_config.width != joined.config.text.width:
             raise InputError(
@@ -253,6 +251,11 @@ def _teachers(
                 f"{joined.config.text.width}"
             )
     return towers
+
+
+def _rows(features: dict[str, Tensor], index: Index) -> Tensor:
+    """Features of an index's pictures, in its order: (pictures, embed_dim)"""
+    return torch.stack([features[picture.path] for picture in index.pictures]) if len(index) else torch.empty(0, 0)
 
 
 @dataclass(frozen=True)
@@ -263,10 +266,6 @@ class HeldOut:
     ids: Tensor  # (captions, context_length)
     features: Tensor | None  # (pictures, embed_dim) of a locked vision tower
 
-    def owners(self) -> list[int]:
-        """The picture of each caption."""
-        return [i for i, count in enumerate(self.index.caption_counts) for _ in range(count)]
-
     @torch.no_grad()
     def image_features(self, clip: CLIP) -> Tensor:
         if self.features is not None:
@@ -275,19 +274,6 @@ class HeldOut:
         device = clip.logit_scale.device
         chunks = torch.arange(len(self.index)).split(64)
         return torch.cat([clip.encode_image(load(chunk.tolist()).to(device)).float().cpu() for chunk in chunks])
-
-
-def measure_tower(
-    tower: TextTower, image_features: Tensor, ids: Tensor, owners: list[int], reference: TextTower | None
-) -> dict[str, object]:
-    """Retrieval at `projected`, and drift from `reference` at every read point; ids (captions, context_length)."""
-    found: Retrieval = retrieval(image_features, text_features(tower, ids), owners)
-    moved = {} if reference is None else drift(tower, reference, ids[:DRIFT_CAPTIONS])
-    return found.flat() | {
-        "images": found.images,
-        "captions": found.captions,
-        "drift": {point: asdict(value) for point, value in moved.items()},
-    }
 
 
 def _train(
@@ -307,12 +293,14 @@ def _train(
     best: dict[str, float] | None = None
     metadata = _metadata(folder, joined)
 
-    def measured() -> Event:
+    def measured() -> Iterator[Event]:
+        if not len(held.index):
+            return
         features = held.image_features(clip)
         first = torch.tensor((0, *held.index.caption_counts[:-1])).cumsum(0)
         losses = held_out_loss(clip, features, held.ids[first], teachers, config)
-        values = measure_tower(clip, features, held.ids, held.owners(), reference)
-        return {"type": "measure", "step": training.step, "held_out": losses} | values
+        values = measure_tower(clip, features, held.ids, held.index.owners(), reference)
+        yield {"type": "measure", "step": training.step, "held_out": losses} | values
 
     def save() -> Event:
         state = training.state() | {"best": best}
@@ -330,7 +318,7 @@ def _train(
     else:
         telemetry.rewind(folder, -1)
         yield {"type": "start", "steps": training.total_steps, "device": str(device)}
-        yield measured()
+        yield from measured()
 
     per_epoch = training.sampler.batches_per_epoch
     for event in train(training, pairs, teachers, config, device):
@@ -339,11 +327,11 @@ def _train(
             continue
         end_of_epoch = training.step % per_epoch == 0
         if end_of_epoch:
-            values = measured()
-            if values["held_out"]["loss"] < (best["loss"] if best else math.inf):
-                best = {"step": training.step, "loss": values["held_out"]["loss"]}
-                export_text(clip, folder / BEST, metadata | {"step": str(training.step)})
-            yield values
+            for values in measured():
+                if values["held_out"]["loss"] < (best["loss"] if best else math.inf):
+                    best = {"step": training.step, "loss": values["held_out"]["loss"]}
+                    export_text(clip, folder / BEST, metadata | {"step": str(training.step)})
+                yield values
         stopping = stop() and training.step < training.total_steps
         if end_of_epoch or stopping or training.step % config.save_every == 0:
             yield save()
@@ -356,7 +344,9 @@ def _train(
     if config.train == "both":
         folded = copy.deepcopy(clip)
         fold(folded)
-        write_clip(folded.state_dict(), folder / "clip.safetensors", layout="openai", config=clip.config, metadata=metadata)
+        write_clip(
+            folded.state_dict(), folder / "clip.safetensors", layout="openai", config=clip.config, metadata=metadata
+        )
     result = {
         "steps": training.step,
         "skipped": training.skipped,

@@ -161,3 +161,11 @@ def _bpe() -> tokenizers.Tokenizer:
         ]
     )
     return bpe
+
+
+def tokenizer_for(context_length: int, activation: str) -> Tokenizer:
+    """The tokenizer with the padding of a family: OpenAI's CLIPs pad with end-of-text, LAION's (GELU) with 0.
+
+    Padding moves nothing up to end-of-text, but SDXL reads the rows behind it too.
+    """
+    return Tokenizer(context_length, END_ID if activation == "quick_gelu" else 0)

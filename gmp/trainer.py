@@ -112,11 +112,6 @@ def _is_trained_mlp(name: str, train: str) -> bool:
     return is_mlp(name) and (train == "both" or not name.startswith("visual."))
 
 
-def teacher(tower: TextTower, device: torch.device) -> TextTower:
-    """A frozen copy of a text tower, to anchor to."""
-    return copy.deepcopy(tower).requires_grad_(False).to(device)
-
-
 def train(
     training: Training,
     pairs: Pairs,

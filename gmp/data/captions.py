@@ -82,6 +82,14 @@ class Index:
         return tuple(len(picture.captions) for picture in self.pictures)
 
 
+    def captions(self) -> list[str]:
+        """All captions, those of the first picture first."""
+        return [caption for picture in self.pictures for caption in picture.captions]
+
+    def owners(self) -> list[int]:
+        """The position of each caption's picture, in the order of `captions`."""
+        return [i for i, count in enumerate(self.caption_counts) for _ in range(count)]
+
     def without(self, broken: Mapping[str, str]) -> Index:
         """The same data set without pictures that do not decode, given as path -> reason; they go into the report.
 

@@ -64,7 +64,7 @@ class Scene:
 
 
 def all_scenes(split: str) -> list[Scene]:
-    """Every distinct scene of one split. `right of` and `below` are told by `left of` and `above` with sides swapped."""
+    """Every distinct scene of one split. `right of` and `below` are `left of` and `above` with sides swapped."""
     things = [Thing(*words) for words in itertools.product(SIZES, COLOURS, SHAPES)]
     scenes = (
         Scene(first, relation, second)

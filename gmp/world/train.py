@@ -93,12 +93,16 @@ def train(count: int, epochs: int, batch: int, lr: float, seed: int, log) -> CLI
         with torch.no_grad():
             clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
         if step % 50 == 0 or step == total - 1:
-            log(f"step {step} loss {loss.item():.4f} temperature {math.exp(-clip.logit_scale.item()):.4f} "
-                f"seconds {time.monotonic() - start:.0f}")
+            log(
+                f"step {step} loss {loss.item():.4f} temperature {math.exp(-clip.logit_scale.item()):.4f} "
+                f"seconds {time.monotonic() - start:.0f}"
+            )
         if (step + 1) % (total // 10) == 0 or step == total - 1:
             found = held_out_retrieval(clip, held_pixels, held_ids)
-            log(f"step {step} held-out recall@1 text to image {found.text_to_image.recall_at_1:.3f}, "
-                f"image to text {found.image_to_text.recall_at_1:.3f}")
+            log(
+                f"step {step} held-out recall@1 text to image {found.text_to_image.recall_at_1:.3f}, "
+                f"image to text {found.image_to_text.recall_at_1:.3f}"
+            )
     return clip
 
 

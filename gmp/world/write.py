@@ -14,9 +14,7 @@ CAPTIONS_FILE = "captions.json"
 PER_FOLDER = 1000  # pictures
 
 
-def write_world(
-    out: Path, count: int, seed: int, split: str = "train"
-) -> Generator[dict[str, object], None, Path]:
+def write_world(out: Path, count: int, seed: int, split: str = "train") -> Generator[dict[str, object], None, Path]:
     """Writes `count` PNG pictures and `captions.json` below `out`; yields progress events, returns the caption file.
 
     What is there already from the same call is kept, so that it can be repeated and continued. Raises InputError when
