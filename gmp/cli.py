@@ -348,16 +348,26 @@ def _world(options: argparse.Namespace) -> object:
 
 
 def _demo(options: argparse.Namespace) -> object:
-    from .demo import demo, table
+    from .demo import NEAREST, demo, table
     from .run import RESULT
 
-    figures = _show(demo(options.out, _device(options.device)), _sentence)
+    last: Event = {}
+
+    def tell(event: Event) -> str | None:
+        if event["type"] == "done":
+            last.update(event)
+        return _sentence(event)
+
+    figures = _show(demo(options.out, _device(options.device)), tell)
     run = Path(figures["run"])
-    print(table(figures))
+    print(table({name: figures[name] for name in ("ruined", "repaired", "original")}))
     print(f"\nrepaired text encoder: {run / RESULT}")
     print(f"loss picture:          {run / 'loss.png'}")
+    print(f"what each one finds:   {options.out / NEAREST}")
     print(f"run folder:            {run}")
     print(f"{figures['seconds']} seconds")
+    if last["resumed"]:
+        print(f"The repair was finished before and only measured again; delete {options.out} to see it train.")
     return figures
 
 

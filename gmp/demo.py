@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from .config import RepairConfig
 from .data.captions import read_index
 from .features import content_keys, embed_pictures
 from .join import join, text_tower
 from .layouts import TowerFile, read_text, read_vision
-from .measure import measure_tower
+from .measure import measure_tower, text_features
+from .plots import plot_nearest
 from .run import RESULT, Inputs, repair
 from .tokenizer import Tokenizer
 from .world.models import ASSETS, ORIGINAL, RUINED
@@ -21,6 +23,8 @@ from .world.write import write_world
 
 PICTURES = 8000
 HELD_OUT = 1000
+SHOWN = 6  # captions in the picture of what each encoder finds
+NEAREST = "nearest.png"
 CONFIG = RepairConfig(epochs=3, batch=200)
 MEASURED = (
     "recall_at_1_text_to_image",
@@ -49,11 +53,11 @@ def demo(out: Path, device: torch.device) -> Generator[dict[str, object], None, 
     run = out / "run"
     yield from repair(inputs, CONFIG, run, cache=out / "cache", device=device)
     encoders = {"original": original, "ruined": text, "repaired": read_text(run / RESULT)}
-    figures = yield from _measure(encoders, vision, original, out, device)
+    figures = yield from measure_encoders(encoders, vision, original, out, device)
     return figures | {"seconds": round(time.monotonic() - start, 1), "run": str(run)}
 
 
-def _measure(
+def measure_encoders(
     encoders: dict[str, TowerFile], vision: TowerFile, original: TowerFile, out: Path, device: torch.device
 ) -> Generator[dict[str, object], None, dict[str, object]]:
     """Every text encoder against the same held-out pictures, seen by the original vision tower."""
@@ -68,11 +72,23 @@ def _measure(
     pictures = torch.stack([features[name] for name in names])
     ids = Tokenizer()(index.captions()).ids
     reference = text_tower(original, joined).to(device)
-    figures = {}
+    first = torch.tensor((0, *index.caption_counts[:-1])).cumsum(0)[:SHOWN]
+    figures, found = {}, {}
     for name, file in encoders.items():
-        measured = measure_tower(text_tower(file, joined).to(device), pictures, ids, index.owners(), reference)
+        tower = text_tower(file, joined).to(device)
+        measured = measure_tower(tower, pictures, ids, index.owners(), reference)
         figures[name] = {key: measured[key] for key in MEASURED}
+        scores = F.normalize(text_features(tower, ids[first]), dim=-1) @ F.normalize(pictures, dim=-1).T
+        found[name] = [index.paths[i] for i in scores.argmax(dim=1).tolist()]
+    captions = [picture.captions[0] for picture in index.pictures[:SHOWN]]
+    plot_nearest(captions, {name: found[name] for name in _order(found)}, out / NEAREST)
     return figures
+
+
+def _order(names: Iterable[str]) -> list[str]:
+    """Before, after, original."""
+    between = [name for name in names if name not in ("ruined", "original")]
+    return ["ruined", *between, "original"]
 
 
 def table(figures: dict[str, object]) -> str:
@@ -82,7 +98,7 @@ def table(figures: dict[str, object]) -> str:
         "                 text→image image→text  text→image image→text  penultimate   last  pooled  projected",
         "                                                               (SDXL)        (SD1) (Flux)",
     ]
-    for name in ("ruined", "repaired", "original"):
+    for name in _order(figures):
         one = figures[name]
         cosines = {point: one["drift"][point]["cosine"] for point in one["drift"]}
         lines.append(

@@ -54,7 +54,7 @@ class GeometricLinear(nn.Module):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(weight)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone())
+            linear.bias = nn.Parameter(self.bias.detach().to(weight.dtype, copy=True))
         return linear
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)

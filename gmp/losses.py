@@ -16,7 +16,8 @@ def info_nce(image_features: Tensor, text_features: Tensor, logit_scale: Tensor,
     """
     images = F.normalize(image_features.float(), dim=-1)
     texts = F.normalize(text_features.float(), dim=-1)
-    logits = logit_scale.float().exp() * images @ texts.T  # (B, B) pictures × captions
+    with torch.autocast(images.device.type, enabled=False):  # logits reach 100: bf16 would round them to halves
+        logits = logit_scale.float().exp() * images @ texts.T  # (B, B) pictures × captions
     pairs = torch.arange(len(logits), device=logits.device)
     to_text = F.cross_entropy(logits, pairs, label_smoothing=smoothing)
     to_image = F.cross_entropy(logits.T, pairs, label_smoothing=smoothing)

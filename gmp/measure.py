@@ -71,12 +71,13 @@ def _ranks(queries: Tensor, items: Tensor, positives: Callable[[int, int], Tenso
     """0-based rank of each query's best positive among all items.
 
     A tie counts against the query if, and only if, the other item comes first, so that the result does not depend on
-    the order in which a sort happens to leave equal scores.
+    the order in which a sort happens to leave equal scores. A score that is not a number is the worst of all.
     """
     order = torch.arange(len(items), device=items.device)
     ranks = []
     for start in range(0, len(queries), chunk):
         scores = queries[start : start + chunk] @ items.T  # (chunk, items)
+        scores.masked_fill_(scores.isnan(), -torch.inf)
         mask = positives(start, start + len(scores)).to(scores.device)
         best, first = scores.masked_fill(~mask, -torch.inf).max(dim=1, keepdim=True)
         # max() may return any of several equal maxima: take the first

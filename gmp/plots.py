@@ -63,3 +63,26 @@ def plot_losses(events: Sequence[dict[str, object]], path: Path) -> None:
     picture = BytesIO()
     figure.savefig(picture, format="png")
     write_bytes(picture.getvalue(), path)
+
+
+def plot_nearest(captions: Sequence[str], found: dict[str, Sequence[Path]], path: Path) -> None:
+    """Which picture each text encoder finds for a caption: one row per caption, one column per encoder, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from .data.images import load_picture
+
+    figure = Figure(figsize=(1.5 * len(found) + 4.2, 1.25 * len(captions) + 0.3), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(captions), len(found) + 1, squeeze=False, width_ratios=[2.8, *[1] * len(found)])
+    for row, caption in zip(grid, captions, strict=True):
+        row[0].text(1, 0.5, caption, ha="right", va="center", wrap=True, transform=row[0].transAxes)
+        row[0].axis("off")
+    for column, (name, paths) in enumerate(found.items(), start=1):
+        grid[0][column].set_title(name)
+        for row, picture in zip(grid, paths, strict=True):
+            row[column].imshow(load_picture(picture))
+            row[column].axis("off")
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
+    write_bytes(picture.getvalue(), path)

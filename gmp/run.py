@@ -111,7 +111,7 @@ def _check_folder(folder: Path, description: dict[str, object]) -> None:
     """Raises InputError when the folder belongs to another run, naming what differs, or to something else."""
     path = folder / "run.json"
     if not path.exists():
-        strangers = [p.name for p in folder.iterdir() if p.name != "lock"]
+        strangers = [p.name for p in folder.iterdir() if p.name not in ("lock", "failure.txt")]
         if strangers:
             raise InputError(f"{folder} is not empty and not a run's folder (it holds {strangers[:5]}); choose another")
         return
@@ -399,6 +399,10 @@ class Worker:
     def stop(self) -> None:
         """Asks for a stop at the next step's boundary, where the run saves itself."""
         self._stop.set()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop.is_set()
 
     @property
     def alive(self) -> bool:
