@@ -18,7 +18,7 @@ from .errors import InputError
 from .files import read_header, read_tensors, write_json, write_safetensors
 
 _STATE = re.compile(r"^step_(\d{8})\.state\.json$")
-_KINDS = ("model.safetensors", "optimizer.safetensors", "state.json")
+_FILE = re.compile(r"^\.?step_(\d{8})\.")  # of any step, whole or torn
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,10 @@ def save(
     keep: int,
     metadata: dict[str, str],
 ) -> Checkpoint:
-    """Writes a checkpoint, then removes all but the newest `keep`. A locked vision tower is not in it."""
+    """Writes a checkpoint, then removes all but the newest `keep`, and what a killed save left behind.
+
+    A locked vision tower is not in it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint(folder, step)
     weights = {name: p.detach().cpu() for name, p in _saved(model).items()}
@@ -64,15 +67,12 @@ def save(
     write_safetensors(weights, checkpoint.path("model.safetensors"), metadata | {"step": str(step)})
     write_safetensors(moments, checkpoint.path("optimizer.safetensors"), {"step": str(step)})
     write_json(state | {"step": step, "optimizer": counters}, checkpoint.path("state.json"))
-    for old in list_checkpoints(folder)[:-keep]:
-        remove(old)
+    kept = {one.step for one in list_checkpoints(folder)[-keep:]}
+    # sorted backwards, "state.json" comes first: a checkpoint is no longer whole once its first file is gone
+    for path in sorted(folder.iterdir(), reverse=True):
+        if (match := _FILE.match(path.name)) and int(match[1]) not in kept:
+            path.unlink()
     return checkpoint
-
-
-def remove(checkpoint: Checkpoint) -> None:
-    """Deletes a checkpoint, the mark of its being whole first."""
-    for kind in reversed(_KINDS):
-        checkpoint.path(kind).unlink(missing_ok=True)
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:

@@ -123,9 +123,13 @@ def _inspect(options: argparse.Namespace) -> object:
     from .files import read_header
     from .layouts import describe
 
-    answers = []
+    answers, problems = [], []
     for path in options.files:
-        header = read_header(path)
+        try:
+            header = read_header(path)
+        except InputError as error:
+            problems.append(str(error))
+            continue
         contents = describe(header)
         towers = [*contents.text.values(), *([contents.vision] if contents.vision else [])]
         answer = {
@@ -161,6 +165,8 @@ def _inspect(options: argparse.Namespace) -> object:
                 print(f"    {problem}")
         for problem in contents.problems:
             print(f"  {problem}")
+    if problems:
+        raise InputError("; ".join(problems))
     return answers
 
 
@@ -180,14 +186,26 @@ def _join(options: argparse.Namespace) -> object:
     from .join import join
     from .layouts import write_clip
 
-    joined = join(*_read_towers(options))
-    write_clip(joined.state, options.out, layout=options.layout, dtype=options.dtype, config=joined.config)
+    text, vision, original = _read_towers(options)
+    joined = join(text, vision, original)
+    if options.layout == "gmp":
+        _split_mlps(joined.state)
+    hashes = {tower.source.path: tower.source.sha256 for tower in (text, vision)}
+    metadata = {"gmp_sources": json.dumps({"sha256": hashes, "tensors": joined.summary()})}
+    write_clip(
+        joined.state,
+        options.out,
+        layout=options.layout,
+        dtype=options.dtype,
+        config=joined.config,
+        metadata=metadata,
+    )
     for origin in joined.report:
         print(f"{origin.name}: {origin.tensors} tensors from {origin.source} ({origin.reason})")
     for sentence in joined.assumptions:
         print(f"assumed: {sentence}")
     print(f"written: {options.out}")
-    return {"out": str(options.out), "tensors": [asdict(o) for o in joined.report], "assumptions": joined.assumptions}
+    return {"out": str(options.out), "tensors": joined.summary(), "assumptions": joined.assumptions}
 
 
 def _device(name: str | None):
@@ -270,9 +288,16 @@ def _rate(text: str) -> tuple[str, float]:
         raise InputError(f"rate {text!r} is not of the form PATTERN=FACTOR, such as token_embedding*=0.1") from None
 
 
+def _split_mlps(state: dict) -> None:
+    """Turns the MLPs of a canonical state dict into r and theta, in place."""
+    from .geometric import is_mlp, split
+
+    for stem in [n.removesuffix(".weight") for n in state if n.endswith(".weight") and is_mlp(n[: -len(".weight")])]:
+        state[f"{stem}.r"], state[f"{stem}.theta"] = split(state.pop(f"{stem}.weight"))
+
+
 def _convert(options: argparse.Namespace) -> object:
     from .clip import CLIPConfig
-    from .geometric import split
     from .layouts import read_text, read_vision, write_clip, write_text
 
     geometric = options.layout == "gmp"
@@ -282,9 +307,7 @@ def _convert(options: argparse.Namespace) -> object:
         vision = read_vision(options.file, options.vision_heads, options.activation, fold=not geometric)
         state |= vision.state
     if geometric:
-        for name in [n for n in state if n.endswith((".mlp.c_fc.weight", ".mlp.c_proj.weight"))]:
-            stem = name.removesuffix("weight")
-            state[stem + "r"], state[stem + "theta"] = split(state.pop(name))
+        _split_mlps(state)
     sources = {"gmp_source": json.dumps({"file": text.source.path, "sha256": text.source.sha256})}
     if options.whole:
         config = CLIPConfig(text.config, vision.config)

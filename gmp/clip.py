@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-READ_POINTS = ("penultimate", "last", "pooled", "projected")
 ACTIVATIONS = ("quick_gelu", "gelu")
 MAX_LOGIT_SCALE = math.log(100.0)  # OpenAI clamps the temperature here
 # Heads of OpenAI's and LAION's vision towers; `width // 64` is wrong for H, g and bigG.

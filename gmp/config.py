@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 
-from .clip import READ_POINTS
+from . import READ_POINTS
 from .errors import InputError
 from .optim import SCHEDULES
 

@@ -22,12 +22,13 @@ START_LOGIT_SCALE = math.log(1 / 0.07)  # what CLIP's training starts with
 
 @dataclass(frozen=True)
 class Origin:
-    """Where one tensor, or one group of tensors, of the joined CLIP came from."""
+    """Where a group of the joined CLIP's tensors came from."""
 
     name: str
     tensors: int
     source: str
     reason: str
+    names: tuple[str, ...]  # canonical, every tensor
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Joined:
     config: CLIPConfig
     report: tuple[Origin, ...]
     assumptions: tuple[str, ...]
+
+    def summary(self) -> list[dict[str, object]]:
+        """The report without every tensor's name."""
+        return [{"name": o.name, "tensors": o.tensors, "source": o.source, "reason": o.reason} for o in self.report]
 
     def build(self) -> CLIP:
         """A CLIP with these weights, in memory of its own."""
@@ -53,7 +58,7 @@ def join(text: TowerFile, vision: TowerFile, original: TowerFile | None = None) 
     """
     lent = {} if original is None else original.state
     state = {n: t for n, t in text.state.items() if n not in ("text_projection", "logit_scale")}
-    report = [Origin("text tower", len(state), text.source.path, "the encoder to repair")]
+    report = [Origin("text tower", len(state), text.source.path, "the encoder to repair", tuple(state))]
     width, embed_dim = text.config.width, vision.config.embed_dim
 
     own = text.state.get("text_projection")
@@ -76,7 +81,7 @@ def join(text: TowerFile, vision: TowerFile, original: TowerFile | None = None) 
             f"{projection.shape[0]} × {projection.shape[1]}; give the CLIP that this text encoder was part of"
         )
     state["text_projection"] = projection
-    report.append(Origin("text_projection", 1, source, reason))
+    report.append(Origin("text_projection", 1, source, reason, ("text_projection",)))
 
     if "logit_scale" in lent:
         scale, source, reason = lent["logit_scale"], original.source.path, "lent by the original"
@@ -85,10 +90,11 @@ def join(text: TowerFile, vision: TowerFile, original: TowerFile | None = None) 
     else:
         scale, source, reason = torch.tensor(START_LOGIT_SCALE), "CLIP's starting value 1/0.07", "no file has it"
     state["logit_scale"] = scale
-    report.append(Origin("logit_scale", 1, source, reason))
+    report.append(Origin("logit_scale", 1, source, reason, ("logit_scale",)))
 
     state |= vision.state
-    report.append(Origin("vision tower", len(vision.state), vision.source.path, "what the text is aligned with"))
+    reason = "what the text is aligned with"
+    report.append(Origin("vision tower", len(vision.state), vision.source.path, reason, tuple(vision.state)))
     config = CLIPConfig(replace(text.config, embed_dim=embed_dim), vision.config)
     assumptions = tuple(
         f"{tower.source.path}: {sentence}" for tower in (text, vision) for sentence in tower.source.assumptions

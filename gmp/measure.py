@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .clip import READ_POINTS, ReadPoints, TextTower
+from . import READ_POINTS
+from .clip import ReadPoints, TextTower
 
 RECALLS = (1, 5, 10)
 DRIFT_CAPTIONS = 256  # that drift is measured on: at the full context length, 77 rows each

@@ -180,12 +180,12 @@ def _repair(
             f"pairs (batch {config.batch} × accumulate {config.accumulate}); add pictures, or make the batch smaller"
         )
     joined = join(inputs.text, inputs.vision, inputs.original)
-    report = {"tensors": [asdict(origin) for origin in joined.report], "assumptions": joined.assumptions}
     teachers = _teachers(inputs, joined, config, device)
     if not (folder / "run.json").exists():
         write_json(description | {"gmp_version": __version__}, folder / "run.json")
+    report = {"tensors": [asdict(origin) for origin in joined.report], "assumptions": joined.assumptions}
     write_json(report, folder / "join.json")
-    yield {"type": "join"} | report
+    yield {"type": "join", "tensors": joined.summary(), "assumptions": joined.assumptions}
     clip = joined.build().to(device)
 
     index, pictures = yield from _pictures(inputs.index, clip, names, keys, config, cache)
@@ -363,7 +363,7 @@ def _metadata(folder: Path, joined: Joined) -> dict[str, str]:
     return {
         "clip_config": json.dumps({"text": asdict(joined.config.text)}),
         "gmp_run": json.dumps(known, sort_keys=True),
-        "gmp_sources": json.dumps([asdict(origin) for origin in joined.report]),
+        "gmp_sources": json.dumps(joined.summary()),
     }
 
 

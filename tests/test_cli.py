@@ -1,0 +1,137 @@
+"""The command line as a person types it, in processes of its own."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gmp.files import read_header
+from gmp.world.models import ASSETS, ORIGINAL, RUINED
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("inspect", "join", "repair", "convert", "measure", "world", "demo")
+TOWERS = ("--text", ASSETS / RUINED, "--vision", ASSETS / ORIGINAL)
+
+
+def gmp(*arguments, code=0):
+    command = [sys.executable, "-m", "gmp", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def answer(*arguments):
+    return json.loads(gmp(*arguments, "--json").stdout.splitlines()[-1])
+
+
+def complaint(*arguments):
+    """The one sentence of a command that refuses its input."""
+    done = gmp(*arguments, code=2)
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "world"
+    gmp("world", "--out", folder, "--count", 300, "--seed", 5)
+    return folder
+
+
+def data(world):
+    return ("--images", world, "--captions", world / "captions.json", "--cache", world.parent / "cache")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(command):
+    assert f"python -m gmp {command}" in gmp(command, "--help").stdout.split("example:")[1]
+
+
+def test_inspect_reads_headers_only_and_imports_no_torch():
+    code = (
+        "import sys; from gmp.cli import main; "
+        f"assert main(['inspect', {str(ASSETS / RUINED)!r}]) == 0; assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "text clip_l: 4 layers" in done.stdout and "lacks text_projection, logit_scale" in done.stdout
+
+
+def test_inspect_says_all_problems_at_once(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"\x80\x02}")
+    sentence = complaint("inspect", tmp_path / "a.safetensors", ASSETS / RUINED, tmp_path / "b.safetensors")
+    assert "a.safetensors" in sentence and "b.safetensors" in sentence
+
+
+def test_join_and_convert_round_trip(tmp_path):
+    joined = answer("join", *TOWERS, "--out", tmp_path / "joined.safetensors", "--layout", "openai")
+    assert [row["source"] for row in joined["tensors"]] == [RUINED, ORIGINAL, ORIGINAL, ORIGINAL]
+    gmp("convert", tmp_path / "joined.safetensors", "--out", tmp_path / "gmp.safetensors", "--layout", "gmp", "--whole")
+    assert "transformer.resblocks.0.mlp.c_fc.theta" in read_header(tmp_path / "gmp.safetensors").tensors
+    gmp("convert", tmp_path / "gmp.safetensors", "--out", tmp_path / "te.safetensors")
+    header = read_header(tmp_path / "te.safetensors")
+    assert header.tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape == (128, 64)
+    assert json.loads(header.metadata["gmp_source"])["file"] == "gmp.safetensors"
+
+
+def test_a_repair_that_is_stopped_goes_on_with_the_same_command(world, tmp_path):
+    repair = ("repair", *TOWERS, *data(world), "--out", tmp_path / "run", "--epochs", 400, "--batch", 50)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gmp", *map(str, repair)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 90
+    while not list((tmp_path / "run").glob("checkpoints/*.state.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert "the same command goes on from there" in process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 0 and (tmp_path / "run" / "text_encoder.safetensors").exists()
+    assert "epochs was 400, is 2" in complaint(*repair[:-3], 2, "--batch", 50)
+
+
+def test_the_result_is_measured_and_repeated(world, tmp_path):
+    repair = ("repair", *TOWERS, *data(world), "--out", tmp_path / "run", "--epochs", 6, "--batch", 50)
+    first, again = answer(*repair), answer(*repair)
+    assert first == again and first["state"] == "done" and first["steps"] == 30
+    before = answer("measure", *TOWERS, *data(world))
+    after = answer("measure", "--text", first["text_encoder"], *TOWERS[2:], *data(world))
+    assert after["recall_at_1_text_to_image"] > 0.8 > 0.5 > before["recall_at_1_text_to_image"]
+    assert after["drift"]["penultimate"]["cosine"] > before["drift"]["penultimate"]["cosine"] + 0.1
+    assert read_header(first["text_encoder"]).metadata["gmp_version"]
+
+
+def test_bad_input_is_met_with_one_sentence(world, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "captions.json").write_text(json.dumps({f"{i}.png": ["x"] for i in range(7)}))
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes((ASSETS / RUINED).read_bytes()[:-1000])
+    run = ("--out", tmp_path / "run")
+    pictures = data(world)
+    assert "does not exist" in complaint("repair", "--text", tmp_path / "no", *TOWERS[2:], *pictures, *run)
+    assert "truncated" in complaint("repair", "--text", truncated, *TOWERS[2:], *pictures, *run)
+    assert "no vision tower" in complaint("repair", *TOWERS[:2], "--vision", ASSETS / RUINED, *pictures, *run)
+    assert "no pictures" in complaint("repair", *TOWERS, "--images", tmp_path / "empty", *run)
+    missing = complaint("repair", *TOWERS, "--images", world, "--captions", tmp_path / "captions.json", *run)
+    assert "7 of the pictures" in missing and "4.png" in missing and "5.png" not in missing
+    assert "fewer than one step of 256" in complaint("repair", *TOWERS, *pictures, *run, "--held-out", 0.5)
+    both = complaint("repair", *TOWERS, *pictures, *run, "--epochs", 0, "--smoothing", 3)
+    assert "epochs is 0" in both and "smoothing is 3.0" in both
+    assert "not of the form" in complaint("repair", *TOWERS, *pictures, *run, "--anchor", "penultimate")
+    assert "match no parameter" in complaint("repair", *TOWERS, *pictures, *run, "--rate", "nothing*=0", "--batch", 50)
+
+
+def test_the_demo_keeps_its_promise(tmp_path):
+    figures = answer("demo", "--out", tmp_path / "demo")
+    original, ruined, repaired = (figures[name] for name in ("original", "ruined", "repaired"))
+    for direction in ("text_to_image", "image_to_text"):
+        whole = original[f"recall_at_1_{direction}"]
+        assert ruined[f"recall_at_1_{direction}"] < 0.5 * whole
+        assert repaired[f"recall_at_1_{direction}"] >= 0.9 * whole
+        assert repaired[f"median_rank_{direction}"] == 1
+    assert repaired["drift"]["penultimate"]["cosine"] >= 0.9
+    run = Path(figures["run"])
+    assert all((run / name).exists() for name in ("text_encoder.safetensors", "loss.png", "events.jsonl"))
