@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -218,6 +219,21 @@ class CLIP(TextTower):
 
     def encode_image(self, pixels: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, embed_dim)
         return self.visual(pixels)
+
+
+Tower = TypeVar("Tower", bound=nn.Module)
+
+
+def load(kind: type[Tower], config: object, state: Mapping[str, Tensor]) -> Tower:
+    """A tower, or a whole CLIP, with the weights of a canonical state dict, in memory of its own.
+
+    Made without torch's initialisation: that would draw from the process's random numbers, which are the host's, and
+    takes seconds at full size. Raises RuntimeError when names or shapes do not fit.
+    """
+    with torch.device("meta"):
+        tower = kind(config)
+    tower.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    return tower
 
 
 def initialize(clip: CLIP, generator: torch.Generator) -> CLIP:

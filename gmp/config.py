@@ -89,8 +89,10 @@ class RepairConfig:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if version != VERSION or unknown:
             raise InputError(f"config of version {version} with unknown keys {unknown}; this is version {VERSION}")
-        values["anchors"] = tuple(Anchor(**anchor) for anchor in values.get("anchors", ()))
-        values["betas"] = tuple(values.get("betas", cls.betas))
+        if "anchors" in values:
+            values["anchors"] = tuple(Anchor(**anchor) for anchor in values["anchors"])
+        if "betas" in values:
+            values["betas"] = tuple(values["betas"])
         return cls(**values)
 
 
@@ -114,14 +116,18 @@ def _problems(config: RepairConfig) -> list[str]:
         "seed": 0, "weight_decay": 0, "clip_norm": 0,
     }  # fmt: skip
     problems += [
-        f"{n} is {getattr(config, n)}, less than {low}" for n, low in least.items() if getattr(config, n) < low
+        f"{n} is {getattr(config, n)}, less than {low}" for n, low in least.items() if not getattr(config, n) >= low
     ]
     for name, high in {"warmup": 1, "smoothing": 1, "held_out": 0.9}.items():
         if not 0 <= getattr(config, name) < high:
             problems.append(f"{name} is {getattr(config, name)}, not in 0..{high}")
     if config.lr is not None and not 0 < config.lr < 1:
         problems.append(f"lr is {config.lr}, not between 0 and 1")
-    problems += [f"the rate of {p} is {f}, less than 0" for p, f in config.rates.items() if f < 0]
+    if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
+        problems.append(f"betas are {config.betas}, not two numbers in 0..1")
+    problems += [f"the rate of {p} is {f}, less than 0" for p, f in config.rates.items() if not f >= 0]
+    places = [f"{anchor.teacher}:{anchor.read_point}" for anchor in config.anchors]
+    problems += [f"anchor {p} is given more than once" for p in sorted(set(places)) if places.count(p) > 1]
     for anchor in config.anchors:
         if anchor.teacher not in TEACHERS:
             problems.append(f"anchor teacher {anchor.teacher!r} is not one of {', '.join(TEACHERS)}")

@@ -108,9 +108,7 @@ def _parse(path: Path, text: bytes, data_size: int) -> Header:
                 raise ValueError(f"{name}: {last - first} bytes do not hold {entry['dtype']} {list(shape)}")
             tensors[name], end = TensorInfo(entry["dtype"], shape), max(end, last)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"{path.name} has a damaged safetensors header ({error}); download it again"
-        ) from error
+        raise InputError(f"{path.name} has a damaged safetensors header ({error}); download it again") from error
     if end > data_size:
         raise _truncated(path, 8 + len(text) + end, 8 + len(text) + data_size)
     return Header(path, tensors, metadata)
@@ -118,8 +116,7 @@ def _parse(path: Path, text: bytes, data_size: int) -> Header:
 
 def _truncated(path: Path, expected: int, found: int) -> InputError:
     return InputError(
-        f"{path.name} is truncated: {expected:,} bytes expected, {found:,} bytes found; "
-        "download or copy it again"
+        f"{path.name} is truncated: {expected:,} bytes expected, {found:,} bytes found; download or copy it again"
     )
 
 
@@ -136,8 +133,7 @@ def _looks_like(start: bytes, length: int) -> str:
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
         return "is a web page, not a model; the download link led to a page, often one that asks to log in"
     return (
-        f"is not a safetensors file: its first 8 bytes promise a header of {length:,} bytes; "
-        "give a .safetensors file"
+        f"is not a safetensors file: its first 8 bytes promise a header of {length:,} bytes; give a .safetensors file"
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .clip import CLIP, CLIPConfig, TextTower
+from .clip import CLIP, CLIPConfig, TextTower, load
 from .errors import InputError
 from .layouts import TowerFile
 
@@ -46,9 +46,7 @@ class Joined:
 
     def build(self) -> CLIP:
         """A CLIP with these weights, in memory of its own."""
-        clip = CLIP(self.config)
-        clip.load_state_dict(self.state)
-        return clip
+        return load(CLIP, self.config, self.state)
 
 
 def join(text: TowerFile, vision: TowerFile, original: TowerFile | None = None) -> Joined:
@@ -106,10 +104,9 @@ def text_tower(file: TowerFile, joined: Joined) -> TextTower:
     """A frozen text tower with a file's weights; the projection is the joined one where the file has none that fits."""
     own = file.state.get("text_projection")
     fits = own is not None and own.shape[1] == joined.config.text.embed_dim and _fault(own) is None
-    tower = TextTower(replace(file.config, embed_dim=joined.config.text.embed_dim))
     state = {name: tensor for name, tensor in file.state.items() if name != "logit_scale"}
-    tower.load_state_dict(state | {"text_projection": own if fits else joined.state["text_projection"]})
-    return tower.requires_grad_(False)
+    state["text_projection"] = own if fits else joined.state["text_projection"]
+    return load(TextTower, replace(file.config, embed_dim=joined.config.text.embed_dim), state).requires_grad_(False)
 
 
 def _fault(projection: Tensor) -> str | None:

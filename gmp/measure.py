@@ -133,7 +133,7 @@ def drift(tower: TextTower, other: TextTower, ids: Tensor, batch: int = 64) -> d
     sums = {point: torch.zeros(3, dtype=torch.float64) for point in READ_POINTS}
     for a, b in _pairs(tower, other, ids, batch):
         for point in READ_POINTS:
-            x, y = (getattr(points, point).double().cpu().flatten(0, -2) for points in (a, b))
+            x, y = (getattr(points, point).cpu().double().flatten(0, -2) for points in (a, b))
             norms = x.norm(dim=-1) / y.norm(dim=-1)
             cosines = F.cosine_similarity(x, y, dim=-1)
             sums[point] += torch.stack([cosines.sum(), norms.sum(), torch.tensor(len(x), dtype=torch.float64)])

@@ -15,6 +15,7 @@ drives it in a thread. The same inputs and settings are the same run, named by `
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -75,7 +76,8 @@ class Status:
 
 def _lock(folder: Path, timeout: float = 0.0) -> FileLock:
     """Held by whoever trains in the folder; the system lets go of it when that process dies. timeout: seconds"""
-    return FileLock(folder / "lock", timeout=timeout)
+    # whoever closes the run may be another thread than the one that began it
+    return FileLock(folder / "lock", timeout=timeout, thread_local=False)
 
 
 def status(folder: Path) -> Status:
@@ -96,11 +98,16 @@ def describe_run(inputs: Inputs, keys: list[str], config: RepairConfig) -> dict[
     captions = [(picture.path, key, picture.captions) for picture, key in zip(inputs.index.pictures, keys, strict=True)]
     return {
         "config": config.to_json(),
-        "text": inputs.text.source.sha256,
-        "vision": inputs.vision.source.sha256,
-        "original": inputs.original and inputs.original.source.sha256,
+        "text": _identity(inputs.text),
+        "vision": _identity(inputs.vision),
+        "original": inputs.original and _identity(inputs.original),
         "dataset": hashlib.sha256(json.dumps(captions).encode()).hexdigest(),
     }
+
+
+def _identity(file: TowerFile) -> dict[str, object]:
+    """A file's content and how it was read: it may hold several encoders; heads and activation may be a choice."""
+    return {"sha256": file.source.sha256, "member": file.source.member} | asdict(file.config)
 
 
 def run_id(description: dict[str, object]) -> str:
@@ -117,7 +124,7 @@ def _check_folder(folder: Path, description: dict[str, object]) -> None:
         return
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
-        config = known["config"]
+        config = dict(known["config"])
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} is damaged; choose another folder") from None
     differing = [
@@ -342,7 +349,7 @@ def _train(
 
     export_text(clip, folder / RESULT, metadata | {"step": str(training.step)})
     if config.train == "both":
-        folded = copy.deepcopy(clip)
+        folded = copy.deepcopy(clip).cpu()
         fold(folded)
         write_clip(
             folded.state_dict(), folder / "clip.safetensors", layout="openai", config=clip.config, metadata=metadata
@@ -417,11 +424,14 @@ class Worker:
 
     def _work(self) -> None:
         try:
-            for event in self._events(self._stop.is_set):
+            events, self._events = self._events, None  # what the run holds is freed when it is through
+            for event in events(self._stop.is_set):
                 self._hear(event)
         except Exception as error:  # the thread's last stand: what went wrong becomes the run's `failed` event
-            self.error = error
-            (self.folder / "failure.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            with contextlib.suppress(OSError):  # the disk may be what failed
+                (self.folder / "failure.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            traceback.clear_frames(error.__traceback__)  # their variables hold the model, on the card even
+            self.error = error.with_traceback(None)
             self._hear({"type": "failed", "error": str(error), "t": round(time.time(), 3)})
 
     def _hear(self, event: Event) -> None:

@@ -6,13 +6,18 @@ import json
 import os
 from pathlib import Path
 
+from .files import write_text
+
 EVENTS = "events.jsonl"
 
 
 def append(folder: Path, event: dict[str, object]) -> None:
     """Adds one event, a single line, to the run's record. Non-finite numbers are written as null."""
-    line = json.dumps(_finite(event), separators=(",", ":"), allow_nan=False) + "\n"
-    with open(folder / EVENTS, "ab") as file:
+    line = _line(_finite(event))
+    with open(folder / EVENTS, "ab+") as file:
+        if file.tell():  # a crash may have torn the last line: start on a line of its own
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else "\n" + line
         file.write(line.encode())
 
 
@@ -31,15 +36,13 @@ def read(folder: Path) -> list[dict[str, object]]:
 
 
 def rewind(folder: Path, step: int) -> None:
-    """Drops the steps and measurements after `step`, which a resumed run takes again, and a torn last line."""
-    kept = [e for e in read(folder) if e.get("type") not in ("step", "measure") or e["step"] <= step]
-    temporary = folder / (EVENTS + ".tmp")
-    with open(temporary, "wb") as file:
-        for event in kept:
-            file.write((json.dumps(event, separators=(",", ":")) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / EVENTS)
+    """Drops what happened after `step`, which a resumed run takes again, and torn lines."""
+    kept = [event for event in read(folder) if event.get("step", step) <= step]
+    write_text("".join(_line(event) for event in kept), folder / EVENTS)
+
+
+def _line(event: dict[str, object]) -> str:
+    return json.dumps(event, separators=(",", ":"), allow_nan=False) + "\n"
 
 
 def _finite(value: object) -> object:

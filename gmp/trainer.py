@@ -93,6 +93,7 @@ def prepare(clip: CLIP, pairs: Pairs, config: RepairConfig, device: torch.device
     if config.train == "text":
         clip.visual.requires_grad_(False)
     if config.geometric:
+        clip.cpu()  # split in fp64, which some devices lack
         to_geometric(clip, lambda name: _is_trained_mlp(name, config.train))
     clip.to(device)
     lr = config.lr or default_lr(clip.text_config.width)

@@ -156,9 +156,7 @@ def test_json_without_pictures(root, tmp_path):
 
 
 def test_json_with_wrong_values_names_the_first_five(root, tmp_path):
-    wrong = {
-        f"{i}.png": value for i, value in enumerate([3, None, {}, {"caption": "x"}, ["x", 1], [["x"]], True])
-    }
+    wrong = {f"{i}.png": value for i, value in enumerate([3, None, {}, {"caption": "x"}, ["x", 1], [["x"]], True])}
     with pytest.raises(InputError, match=r"7 of 8 pictures.*: 0\.png, 1\.png, 2\.png, 3\.png, 4\.png, …"):
         read_index(root, write(tmp_path / "c.json", {"a.jpg": ["fine"], **wrong}))
 
@@ -333,9 +331,7 @@ def test_split_depends_on_paths_and_seed_only(tmp_path):
     assert held != {p.path for p in split(index, 50, seed=2)[1].pictures}
     # fixed for good: held-out pictures must stay held out in every later version
     assert sorted(p.path for p in split(index, 3, seed=0)[1].pictures) == sorted(
-        sorted((p.path for p in index.pictures), key=lambda x: hashlib.sha256(f"0\0{x}".encode()).digest())[
-            :3
-        ]
+        sorted((p.path for p in index.pictures), key=lambda x: hashlib.sha256(f"0\0{x}".encode()).digest())[:3]
     )
 
 

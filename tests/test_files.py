@@ -39,6 +39,7 @@ def tensors():
         "e5m2": plain.to(torch.float8_e5m2),
         "ids": torch.arange(5),
         "empty": torch.zeros(0, 3),
+        "bytes": torch.zeros(3, dtype=torch.uint8),
     }
 
 
@@ -69,6 +70,17 @@ def test_what_is_written_is_what_the_library_reads(tmp_path, tensors):
         assert loaded[name].dtype == tensor.dtype and loaded[name].shape == tensor.shape
         assert torch.equal(loaded[name].float(), tensor.float()), name
     assert files.read_header(path).metadata == {"format": "pt", "who": "me", "ünï": "✓"}
+
+
+def test_every_tensor_is_aligned_to_its_dtype(tmp_path, tensors):
+    path = tmp_path / "a.safetensors"
+    files.write_safetensors(tensors, path)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    assert length % 8 == 0
+    for name, tensor in tensors.items():
+        begin, _ = json.loads(content[8 : 8 + length])[name]["data_offsets"]
+        assert begin % tensor.element_size() == 0, name
 
 
 def test_only_the_named_tensors_are_read_and_they_own_their_memory(tmp_path, tensors):
@@ -155,9 +167,7 @@ def test_truncated_says_how_many_bytes(tmp_path, tensors):
     files.write_safetensors(tensors, path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
-    with pytest.raises(
-        InputError, match=f"truncated: {len(whole):,} bytes expected, {len(whole) - 10:,} bytes found"
-    ):
+    with pytest.raises(InputError, match=f"truncated: {len(whole):,} bytes expected, {len(whole) - 10:,} bytes found"):
         files.read_header(path)
     path.write_bytes(whole[:100])  # inside the header
     with pytest.raises(InputError, match="truncated: .* 100 bytes found"):
@@ -201,9 +211,7 @@ def test_failure_leaves_the_old_file_and_no_litter(tmp_path, tensors, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        OSError, match=r"no space left to write .*a\.safetensors: [\d,]+ bytes are needed"
-    ) as error:
+    with pytest.raises(OSError, match=r"no space left to write .*a\.safetensors: [\d,]+ bytes are needed") as error:
         files.write_safetensors(tensors, path)
     assert error.value.errno == errno.ENOSPC
     with pytest.raises(OSError, match="no space left"):

@@ -31,11 +31,7 @@ SIZES = [
     (50, 21),
     (1, 1),
 ]
-SIZES += (
-    [(64 + d, 64) for d in range(2, 10)]
-    + [(64, 64 + d) for d in range(2, 10)]
-    + [(640, 427), (5, 3), (999, 100)]
-)
+SIZES += [(64 + d, 64) for d in range(2, 10)] + [(64, 64 + d) for d in range(2, 10)] + [(640, 427), (5, 3), (999, 100)]
 
 
 def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -82,9 +78,7 @@ def margin(shape: tuple[int, int]) -> int:
 @pytest.mark.parametrize("shape", [s for s in SIZES if margin(s) % 4 != 3], ids=str)
 def test_matches_transformers(shape, mode):
     transformers = pytest.importorskip("transformers")
-    processor = transformers.CLIPImageProcessorPil(
-        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}
-    )
+    processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     image = picture(*shape, mode)
     theirs = processor(image, return_tensors="pt")["pixel_values"][0]
     assert (preprocess(image, 64) - theirs).abs().max() <= 1e-6
@@ -162,9 +156,7 @@ def test_array_equals_file():
     assert torch.equal(preprocess_array(host, 32), expected)
     assert torch.equal(preprocess_array(host.double(), 32), expected)
     assert torch.equal(preprocess_array(host * 3 - 1, 32), preprocess_array((host * 3 - 1).clamp(0, 1), 32))
-    between = (
-        host * 255 + torch.tensor([0.4, -0.4, 0.4])
-    ) / 255  # resized pictures lie between levels: rounded
+    between = (host * 255 + torch.tensor([0.4, -0.4, 0.4])) / 255  # resized pictures lie between levels: rounded
     assert torch.equal(preprocess_array(between, 32), expected)
     grey = picture(50, 40, "L")
     assert torch.equal(preprocess_array(np.array(grey)[:, :, None], 32), preprocess(grey, 32))
@@ -270,9 +262,7 @@ def test_webp_opens_in_a_fresh_process(tmp_path):
 
 
 def test_camera_jpeg_with_two_pictures_is_read(tmp_path):
-    picture(16, 16).save(
-        tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[picture(16, 16, seed=1)]
-    )
+    picture(16, 16).save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[picture(16, 16, seed=1)])
     assert load_picture(tmp_path / "phone.jpg").size == (16, 16)
 
 

@@ -70,9 +70,7 @@ def canonical(model):
 def config(tmp_path, canonical):
     path = tmp_path / "config-source.safetensors"
     save(canonical, path)
-    return CLIPConfig(
-        layouts.read_text(path, heads=HEADS).config, layouts.read_vision(path, heads=SEEN_HEADS).config
-    )
+    return CLIPConfig(layouts.read_text(path, heads=HEADS).config, layouts.read_vision(path, heads=SEEN_HEADS).config)
 
 
 def by_hand(hf):
@@ -224,9 +222,7 @@ def test_vision_models(tmp_path):
     assert layouts.describe(files.read_header(path)).kind == "vision_tower"
     randomize(CLIPVisionModel(vision_config())).save_pretrained(tmp_path)
     assert layouts.describe(files.read_header(path)).kind == "vision_tower"
-    with pytest.raises(
-        InputError, match="vision tower cannot be read: tensors are missing: visual_projection.w"
-    ):
+    with pytest.raises(InputError, match="vision tower cannot be read: tensors are missing: visual_projection.w"):
         layouts.read_vision(path, heads=SEEN_HEADS)
 
 
@@ -239,9 +235,7 @@ def test_position_ids_are_dropped_and_damage_is_reported(tmp_path, model):
     merged = whole.float()
     merged[0, 76] = 75.9975
     found = layouts.read_text(save({**state, key: merged}, tmp_path / "a.safetensors"), heads=HEADS)
-    assert found.source.notes == (
-        f"{key} is damaged (75.9975 at 76) and was not used: positions are counted afresh",
-    )
+    assert found.source.notes == (f"{key} is damaged (75.9975 at 76) and was not used: positions are counted afresh",)
     assert_same(found.state, text_part(by_hand(state)))
 
 
@@ -331,9 +325,7 @@ def sdxl(model, wide, g_projection="text_projection"):
     slim = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("text_model.")}
     slim["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     broad = without(wide, "text_projection")
-    broad[g_projection] = (
-        wide["text_projection"] if g_projection == "text_projection" else wide["text_projection"].T
-    )
+    broad[g_projection] = wide["text_projection"] if g_projection == "text_projection" else wide["text_projection"].T
     return {
         "model.diffusion_model.input_blocks.0.0.weight": torch.full((4, 4), float("nan")),
         "first_stage_model.decoder.conv_in.weight": torch.zeros(4, 4),
@@ -371,9 +363,7 @@ def test_sdxl(tmp_path, monkeypatch, model, canonical, wide, g_projection):
     assert asked and all(name.startswith(G_PREFIX) for name in asked)
     assert_same(broad.state, {name: tensor.half() for name, tensor in wide.items()})
     assert (broad.source.member, broad.config.activation, broad.config.heads) == ("clip_g", "gelu", 2)
-    with pytest.raises(
-        InputError, match="sdxl.safetensors has no text encoder 'clip_h'; it holds clip_g, clip_l"
-    ):
+    with pytest.raises(InputError, match="sdxl.safetensors has no text encoder 'clip_h'; it holds clip_g, clip_l"):
         layouts.read_text(path, "clip_h")
     with pytest.raises(InputError, match="holds a text encoder only .clip_g, clip_l., no vision tower"):
         layouts.read_vision(path)
@@ -480,9 +470,7 @@ def test_transformers_loads_what_is_written(tmp_path, model, canonical, config):
 def test_half_precision(tmp_path, canonical, config, dtype, kind):
     layouts.write_clip(canonical, tmp_path / "a", layout="openai", dtype=dtype, config=config)
     assert {tensor.dtype for tensor in load_file(tmp_path / "a").values()} == {kind}
-    assert_same(
-        layouts.read_text(tmp_path / "a").state, {n: t.to(kind) for n, t in text_part(canonical).items()}
-    )
+    assert_same(layouts.read_text(tmp_path / "a").state, {n: t.to(kind) for n, t in text_part(canonical).items()})
 
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16])
@@ -498,9 +486,7 @@ def test_values_that_a_dtype_cannot_hold_are_refused(tmp_path, canonical, config
     broken = canonical["transformer.resblocks.1.attn.in_proj_weight"].clone()
     broken[40, 0] = value  # a row of k
     state = {**canonical, "transformer.resblocks.1.attn.in_proj_weight": broken}
-    with pytest.raises(
-        InputError, match=r"NaN or infinity.* in 1 tensors: text_model.*1\.self_attn.k_proj.weight"
-    ):
+    with pytest.raises(InputError, match=r"NaN or infinity.* in 1 tensors: text_model.*1\.self_attn.k_proj.weight"):
         layouts.write_clip(state, tmp_path / "a", dtype=dtype, config=config)
     assert not (tmp_path / "a").exists()
 
@@ -518,12 +504,8 @@ def test_states_that_are_no_tower_are_refused_with_all_problems(tmp_path, canoni
         assert words in str(error.value)
     with pytest.raises(InputError, match="not part of a text encoder: visual.*write_clip writes both"):
         layouts.write_text(canonical, tmp_path / "a", config=config.text)
-    shallow = {
-        name: tensor for name, tensor in canonical.items() if not name.startswith("transformer.resblocks.2.")
-    }
-    with pytest.raises(
-        InputError, match="config says width 32 and 3 layers, the text encoder has width 32 and 2"
-    ):
+    shallow = {name: tensor for name, tensor in canonical.items() if not name.startswith("transformer.resblocks.2.")}
+    with pytest.raises(InputError, match="config says width 32 and 3 layers, the text encoder has width 32 and 2"):
         layouts.write_text(text_part(shallow), tmp_path / "a", config=config.text)
     for wrong in ({"layout": "nope"}, {"dtype": "fp8"}):
         with pytest.raises(InputError, match="is not one of"):
@@ -544,12 +526,9 @@ def test_heads_and_activation_who_knows_them_in_order(tmp_path, canonical, confi
     bare = layouts.read_text(save(state, path), heads=4)
     assert bare.config.activation == "quick_gelu"
     assert bare.source.assumptions == (
-        "activation quick_gelu assumed: a file with these names does not say; "
-        "pass --activation gelu for LAION models",
+        "activation quick_gelu assumed: a file with these names does not say; pass --activation gelu for LAION models",
     )
-    with pytest.raises(
-        InputError, match="text tower of width 32 does not tell its number of heads; pass --heads"
-    ):
+    with pytest.raises(InputError, match="text tower of width 32 does not tell its number of heads; pass --heads"):
         layouts.read_text(path)
     with pytest.raises(InputError, match="5 attention heads do not divide the text tower's width 32"):
         layouts.read_text(path, heads=5)
@@ -655,9 +634,7 @@ def test_not_a_number(tmp_path, canonical):
     state = {name: tensor.clone() for name, tensor in canonical.items()}
     state["ln_final.bias"][3] = float("inf")
     state["positional_embedding"][0, 0] = float("nan")
-    refused(
-        state, tmp_path / "a", "2 tensors hold NaN or infinity: ln_final.bias, positional_emb", heads=HEADS
-    )
+    refused(state, tmp_path / "a", "2 tensors hold NaN or infinity: ln_final.bias, positional_emb", heads=HEADS)
 
 
 def test_tensors_that_belong_to_nothing_are_reported_or_refused(tmp_path, canonical):
@@ -721,9 +698,7 @@ def test_one_tower_in_place_of_the_other(tmp_path, canonical):
         "holds a text encoder only .clip_l., no vision",
         layouts.read_vision,
     )
-    refused(
-        text_part(canonical), tmp_path / "a", "no text encoder 'clip_g'; it holds clip_l", member="clip_g"
-    )
+    refused(text_part(canonical), tmp_path / "a", "no text encoder 'clip_g'; it holds clip_l", member="clip_g")
 
 
 @pytest.mark.parametrize("read", [layouts.read_text, layouts.read_vision])

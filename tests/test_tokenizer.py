@@ -68,9 +68,7 @@ SPECIAL = [
 def reference(tmp_path_factory):
     """transformers' tokenizer from files written as openai/CLIP's code derives them."""
     transformers = pytest.importorskip("transformers")
-    lines = (
-        gzip.open(ROOT / "gmp/assets/bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8").read().split("\n")
-    )
+    lines = gzip.open(ROOT / "gmp/assets/bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8").read().split("\n")
     pairs = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
     bs = list(range(33, 127)) + list(range(161, 173)) + list(range(174, 256))
     cs, n = bs[:], 0
@@ -80,9 +78,7 @@ def reference(tmp_path_factory):
             cs.append(256 + n)
             n += 1
     symbols = [chr(c) for c in cs]
-    symbols += (
-        [s + "</w>" for s in symbols] + ["".join(p) for p in pairs] + ["<|startoftext|>", "<|endoftext|>"]
-    )
+    symbols += [s + "</w>" for s in symbols] + ["".join(p) for p in pairs] + ["<|startoftext|>", "<|endoftext|>"]
     folder = tmp_path_factory.mktemp("clip")
     (folder / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(symbols)}))
     (folder / "merges.txt").write_text(
@@ -209,9 +205,7 @@ def test_import_reads_no_vocabulary():
 
 
 def test_forty_thousand_captions_take_seconds():
-    captions = [
-        f"a photo of a cat number {i} sitting on a wooden bench beside the sea" for i in range(40_000)
-    ]
+    captions = [f"a photo of a cat number {i} sitting on a wooden bench beside the sea" for i in range(40_000)]
     start = time.perf_counter()
     assert Tokenizer()(captions).ids.shape == (40_000, 77)
     assert time.perf_counter() - start < 15

@@ -81,7 +81,6 @@ class Index:
         """Captions per picture, as `Sampler` takes them."""
         return tuple(len(picture.captions) for picture in self.pictures)
 
-
     def captions(self) -> list[str]:
         """All captions, those of the first picture first."""
         return [caption for picture in self.pictures for caption in picture.captions]
@@ -130,9 +129,7 @@ def read_index(images: Path | str, captions: Path | str | None = None, missing_o
     return _build(root, found, missing, orphans)
 
 
-def check_pictures(
-    index: Index, threads: int = 4, progress: Callable[[int, int], None] | None = None
-) -> Index:
+def check_pictures(index: Index, threads: int = 4, progress: Callable[[int, int], None] | None = None) -> Index:
     """Decode every picture; leave out those that don't, and list them in the report with the reason.
 
     `progress(done, total)` is called from the calling thread after each picture; what it raises stops the
@@ -143,9 +140,7 @@ def check_pictures(
     pool = ThreadPoolExecutor(threads, thread_name_prefix="gmp-check")
     broken: dict[str, str] = {}
     try:
-        for done, (picture, reason) in enumerate(
-            zip(index.pictures, pool.map(_fault, index.paths), strict=True), 1
-        ):
+        for done, (picture, reason) in enumerate(zip(index.pictures, pool.map(_fault, index.paths), strict=True), 1):
             if reason:
                 broken[picture.path] = reason
             if progress:
@@ -167,9 +162,7 @@ def split(index: Index, held_out: int, seed: int) -> tuple[Index, Index]:
         )
     held = set(sorted((p.path for p in index.pictures), key=lambda path: _draw(seed, path))[:held_out])
     train = tuple(p for p in index.pictures if p.path not in held)
-    return replace(index, pictures=train), replace(
-        index, pictures=tuple(p for p in index.pictures if p.path in held)
-    )
+    return replace(index, pictures=train), replace(index, pictures=tuple(p for p in index.pictures if p.path in held))
 
 
 def content_key(path: Path | str) -> str:
@@ -192,9 +185,7 @@ def _read_json(path: Path, problems: list[str]) -> list[tuple[str, list[str]]]:
     except FileNotFoundError:
         problems.append(f"There is no caption file {path}.")
     except IsADirectoryError:
-        problems.append(
-            f"The caption file {path} is a folder. Give a JSON file, or none for .txt beside the pictures."
-        )
+        problems.append(f"The caption file {path} is a folder. Give a JSON file, or none for .txt beside the pictures.")
     except OSError as error:
         problems.append(f"The caption file {path} can't be read: {error.strerror}.")
     except UnicodeDecodeError as error:
@@ -215,9 +206,7 @@ _EXPECTED = 'Expected an object of lists of strings: {"folder/0001.jpg": ["a cap
 
 def _entries(path: Path, content: Any, problems: list[str]) -> list[tuple[str, list[str]]]:
     if not isinstance(content, tuple):
-        kind = {list: "a list", str: "a string", type(None): "null"}.get(
-            type(content), "a number or truth value"
-        )
+        kind = {list: "a list", str: "a string", type(None): "null"}.get(type(content), "a number or truth value")
         problems.append(f"The caption file {path} holds {kind}. {_EXPECTED}")
         return []
     if not content:

@@ -42,14 +42,10 @@ def load_picture(path: str | Path) -> Image.Image:
             image = to_rgb(ImageOps.exif_transpose(image))
     except MemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # broken files make PIL raise OSError, SyntaxError, ValueError, struct.error and more
+    except Exception as error:  # broken files make PIL raise OSError, SyntaxError, ValueError, struct.error and more
         raise InputError(f"{path}: {_reason(path, error)}") from error
     if max(image.size) > _NARROWEST * min(image.size):
-        raise InputError(
-            f"{path}: {image.width} x {image.height} pixels is a strip; a centre crop would show nothing."
-        )
+        raise InputError(f"{path}: {image.width} x {image.height} pixels is a strip; a centre crop would show nothing.")
     return image
 
 
@@ -73,9 +69,7 @@ def preprocess(image: Image.Image, size: int) -> torch.Tensor:
     width, height = image.size
     short = min(width, height)
     # torchvision's Resize: the short side exactly, the long side rounded down
-    width, height = (
-        (size, int(size * height / short)) if width == short else (int(size * width / short), size)
-    )
+    width, height = (size, int(size * height / short)) if width == short else (int(size * width / short), size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     # torchvision's CenterCrop: a half pixel goes to the even side
     left, top = int(round((width - size) / 2.0)), int(round((height - size) / 2.0))
@@ -94,9 +88,7 @@ def preprocess_array(array: Any, size: int) -> torch.Tensor:
         array = (array.float() if array.is_floating_point() else array).numpy()
     array = np.asarray(array)
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
-        raise InputError(
-            f"A picture has shape {tuple(array.shape)}; expected (height, width, 1, 3 or 4 channels)."
-        )
+        raise InputError(f"A picture has shape {tuple(array.shape)}; expected (height, width, 1, 3 or 4 channels).")
     if np.issubdtype(array.dtype, np.floating):
         if not np.isfinite(array).all():
             raise InputError("A picture holds values that are not numbers (NaN or infinite); expected 0..1.")

@@ -75,9 +75,7 @@ class Sampler:
         if state["epoch"] < 0:
             problems.append(f"its epoch is {state['epoch']}")
         if not 0 <= state["batch"] < self.batches_per_epoch:
-            problems.append(
-                f"its batch is {state['batch']}, an epoch here has {self.batches_per_epoch} batches"
-            )
+            problems.append(f"its batch is {state['batch']}, an epoch here has {self.batches_per_epoch} batches")
         if problems:
             raise InputError(
                 f"The sampler's saved state doesn't fit: {'; '.join(problems)}. "

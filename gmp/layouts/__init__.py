@@ -115,9 +115,7 @@ def _instead(contents: Contents, wanted: str) -> str:
     return "; ".join(contents.problems)
 
 
-def _read(
-    header: files.Header, part: Part, heads: int | None, activation: str | None, fold: bool
-) -> TowerFile:
+def _read(header: files.Header, part: Part, heads: int | None, activation: str | None, fold: bool) -> TowerFile:
     import torch
 
     from ..clip import text_config_from, vision_config_from
@@ -138,8 +136,7 @@ def _read(
         state[target] = canonical.assemble(target, piece, tensors)
     if broken:
         raise InputError(
-            f"{name}: {len(broken)} tensors hold NaN or infinity: {some(broken)}; "
-            "the file is damaged, get another copy"
+            f"{name}: {len(broken)} tensors hold NaN or infinity: {some(broken)}; the file is damaged, get another copy"
         )
     state = fold_state(state) if fold else state
     if part.place.tower == "text":
@@ -279,7 +276,5 @@ def _cast(tensors: Mapping[str, Tensor], dtype: str, name: str) -> dict[str, Ten
     ]
     if broken:
         over = f", or values over {FP16_MAX:g}, which is where fp16 ends" if dtype == "fp16" else ""
-        raise InputError(
-            f"cannot write {name}: NaN or infinity{over}, in {len(broken)} tensors: {some(broken)}"
-        )
+        raise InputError(f"cannot write {name}: NaN or infinity{over}, in {len(broken)} tensors: {some(broken)}")
     return cast

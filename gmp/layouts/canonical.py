@@ -103,9 +103,7 @@ def sizes_of(tower: str, names: Mapping[str, tuple], shapes: Mapping[str, Shape]
             wrong.append(f"{name} is {list(shape)} and not {list(wanted)}")
     sizes.pop("3 width", None)
     if "rows" in sizes and round((sizes["rows"] - 1) ** 0.5) ** 2 != sizes["rows"] - 1:
-        wrong.append(
-            f"visual.positional_embedding has {sizes['rows']} rows, not one more than a square number"
-        )
+        wrong.append(f"visual.positional_embedding has {sizes['rows']} rows, not one more than a square number")
     return sizes, [f"shapes do not fit together: {some(wrong)}"] if wrong else []
 
 

@@ -25,9 +25,7 @@ def stored_config(metadata: dict[str, str], tower: str) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def settle(
-    part: Part, header: Header, heads: int | None, activation: str | None
-) -> tuple[int, str, list[str]]:
+def settle(part: Part, header: Header, heads: int | None, activation: str | None) -> tuple[int, str, list[str]]:
     """Number of heads, activation, and a sentence for each of them that is an assumption.
 
     Raises InputError for heads that cannot be told or do not divide the width, and for an unknown activation.

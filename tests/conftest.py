@@ -1,0 +1,47 @@
+"""Files and pictures of the small repair in `small.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gmp.data.captions import read_index
+from gmp.layouts import read_text, read_vision, write_clip, write_text
+from gmp.run import Inputs
+from gmp.world.write import write_world
+from tests.small import PICTURES, SMALL, disturbed, small_clip, tokenize
+
+# Tensors are small here; on a busy machine threads that wait for each other make tests ten times slower.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def small_files(tmp_path_factory) -> tuple[Path, Path]:
+    """A full CLIP, and a text encoder that lacks projection and temperature."""
+    folder = tmp_path_factory.mktemp("files")
+    clip = small_clip()
+    write_clip(clip.state_dict(), folder / "original.safetensors", config=SMALL)
+    text = {
+        name: tensor
+        for name, tensor in disturbed(clip).state_dict().items()
+        if not name.startswith("visual.") and name not in ("text_projection", "logit_scale")
+    }
+    write_text(text, folder / "ruined.safetensors", config=SMALL.text)
+    return folder / "original.safetensors", folder / "ruined.safetensors"
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures") / "world"
+    for _ in write_world(folder, PICTURES, 0):
+        pass
+    return folder
+
+
+@pytest.fixture(scope="session")
+def inputs(small_files, pictures) -> Inputs:
+    original, ruined = small_files
+    index = read_index(pictures, pictures / "captions.json")
+    return Inputs(read_text(ruined), read_vision(original), read_text(original), index, tokenize)
