@@ -20,8 +20,8 @@ def split(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight (out, in) -> r (out, 1), theta (out, in) with rows of unit length.
 
     The norm is taken in fp64 and both parts come back in fp32 or better, whatever the weight's dtype: splitting in
-    fp16 moves a ViT-L/14's logits by 5e-4. A zero row gets r = 0 and an arbitrary unit direction, so that it stays
-    zero and its gradient stays finite.
+    fp16 moves a ViT-L/14's logits by 5e-4. A zero row gets r = 0 and an arbitrary unit direction: the weight is zero
+    still, and the gradient finite.
     """
     keep = torch.promote_types(weight.dtype, torch.float32)
     exact = weight.double()
@@ -77,7 +77,9 @@ def _replace(model: nn.Module, kind: type, convert: Callable, where: Callable[[s
     for name in found:
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)
-        setattr(owner, child, convert(getattr(owner, child)))
+        before = getattr(owner, child)
+        after = convert(before).requires_grad_(next(before.parameters()).requires_grad)
+        setattr(owner, child, after)
     return found
 
 

@@ -46,11 +46,12 @@ def parameter_groups(
     `rates` maps a shell pattern over parameter names to a factor on `lr`; the last pattern that matches wins. A factor
     of 0 freezes: those parameters are set to not require gradients and appear in no group.
 
-    Raises ValueError when a pattern matches no parameter.
+    Raises ValueError when a pattern matches no parameter that is trained.
     """
-    idle = [pattern for pattern in rates if not any(fnmatchcase(n, pattern) for n, _ in model.named_parameters())]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    idle = [pattern for pattern in rates if not any(fnmatchcase(name, pattern) for name in trained)]
     if idle:
-        raise ValueError(f"rate patterns match no parameter: {idle}")
+        raise ValueError(f"rate patterns match no parameter that is trained: {idle}; such are {trained[:3]}")
     groups: dict[tuple[float, bool], dict[str, object]] = {}
     for name, parameter in model.named_parameters():
         factor = next((f for pattern, f in reversed(rates.items()) if fnmatchcase(name, pattern)), 1.0)

@@ -16,9 +16,9 @@ drives it in a thread. The same inputs and settings are the same run, named by `
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
+import logging
 import math
 import threading
 import time
@@ -35,17 +35,19 @@ from . import __version__, checkpoint, telemetry
 from .clip import CLIP, TextTower
 from .config import RepairConfig
 from .data.captions import Index, check_pictures, split
-from .data.images import PicturesAhead
+from .data.images import PicturesAhead, load_batches
 from .errors import InputError
 from .features import content_keys, embed_pictures
 from .files import write_json
-from .geometric import fold, fold_state
+from .geometric import fold_state
 from .join import Joined, join, text_tower
 from .layouts import TowerFile, write_clip, write_text
 from .measure import measure_tower
 from .plots import plot_losses
 from .tokenizer import Tokens
-from .trainer import Pairs, Training, held_out_loss, prepare, train
+from .trainer import Pairs, Training, begin, held_out_loss, set_up, train
+
+log = logging.getLogger(__name__)
 
 Event = dict[str, object]
 RESULT = "text_encoder.safetensors"
@@ -152,7 +154,7 @@ def repair(
 ) -> Iterator[Event]:
     """Runs or resumes a repair in `folder`; the last event is `done` or `stopped`.
 
-    Everything that must be known before training is checked first. A stopped run has saved its step. Raises InputError
+    Everything that can be known before training is checked first. A stopped run has saved its step. Raises InputError
     for inputs that do not work, for a folder of another run, and when another process is at work in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,9 +165,6 @@ def repair(
                 if event["type"] != "progress":
                     telemetry.append(folder, event)
                 yield event
-                if event["type"] == "progress" and stop():
-                    yield {"type": "stopped", "step": 0, "steps": None, "run": str(folder)}
-                    return
     except Timeout:
         raise InputError(f"{folder} is being trained by another process; wait for it or stop it") from None
 
@@ -180,48 +179,50 @@ def _repair(
     if (folder / "result.json").exists() and (folder / RESULT).exists():
         yield {"type": "done", "run": str(folder), "resumed": True}
         return
-    held_out = _held_out(len(names), config)
-    if len(names) - held_out < config.step_pairs:
-        raise InputError(
-            f"{len(names)} pictures, of which {held_out} are held out, are fewer than one step of {config.step_pairs} "
-            f"pairs (batch {config.batch} × accumulate {config.accumulate}); add pictures, or make the batch smaller"
-        )
+    _check_size(len(names), config)
     joined = join(inputs.text, inputs.vision, inputs.original)
     teachers = _teachers(inputs, joined, config, device)
+    clip = joined.build().to(device)
+    optimizer = set_up(clip, config, device)
+
     if not (folder / "run.json").exists():
         write_json(description | {"gmp_version": __version__}, folder / "run.json")
-    report = {"tensors": [asdict(origin) for origin in joined.report], "assumptions": joined.assumptions}
-    write_json(report, folder / "join.json")
+    write_json({"tensors": [asdict(o) for o in joined.report], "assumptions": joined.assumptions}, folder / "join.json")
     yield {"type": "join", "tensors": joined.summary(), "assumptions": joined.assumptions}
-    clip = joined.build().to(device)
 
-    index, pictures = yield from _pictures(inputs.index, clip, names, keys, config, cache)
-    train_index, held_index = split(index, _held_out(len(index), config), config.seed)
-    training_tokens = inputs.tokenize(train_index.captions())
-    held_tokens = inputs.tokenize(held_index.captions())
-    dataset = asdict(index.report) | {
-        "training pictures": len(train_index),
-        "held-out pictures": len(held_index),
-        "captions cut to the context length": training_tokens.truncated + held_tokens.truncated,
-        "captions with a literal special token taken out": training_tokens.specials + held_tokens.specials,
-    }
-    write_json(dataset, folder / "dataset.json")
-    yield {"type": "dataset"} | dataset
+    events = _data(inputs, clip, keys, config, cache)
+    data = None
+    while data is None:
+        try:
+            event = next(events)
+        except StopIteration as end:
+            data = end.value
+        else:
+            yield event
+            if stop():
+                saved = checkpoint.list_checkpoints(folder / "checkpoints")
+                yield {"type": "stopped", "step": saved[-1].step if saved else 0, "steps": None, "run": str(folder)}
+                return
+    write_json(data.report, folder / "dataset.json")
+    yield {"type": "dataset"} | data.report
 
-    pairs = Pairs(
-        training_tokens.ids,
-        train_index.caption_counts,
-        _rows(pictures, train_index) if pictures else None,
-        None if pictures else PicturesAhead(train_index.paths, clip.visual.vision_config.image_size),
-    )
-    held = HeldOut(
-        held_index,
-        held_tokens.ids,
-        _rows(pictures, held_index) if pictures else None,
-    )
     reference = teachers.get("original") or (inputs.original and text_tower(inputs.original, joined).to(device))
-    training = prepare(clip, pairs, config, device)
-    yield from _train(training, pairs, held, teachers, reference, config, folder, joined, device, stop)
+    training = begin(clip, optimizer, data.pairs.counts, config, device)
+    scene = Scene(data.pairs, data.held, teachers, reference, _metadata(folder, joined))
+    try:
+        yield from _train(training, scene, config, folder, device, stop)
+    finally:
+        if data.pairs.pixels:
+            data.pairs.pixels.close()
+
+
+def _check_size(pictures: int, config: RepairConfig) -> None:
+    held_out = _held_out(pictures, config)
+    if pictures - held_out < config.step_pairs:
+        raise InputError(
+            f"{pictures} pictures, of which {held_out} are held out, are fewer than one step of {config.step_pairs} "
+            f"pairs (batch {config.batch} × accumulate {config.accumulate}); add pictures, or make the batch smaller"
+        )
 
 
 def _held_out(pictures: int, config: RepairConfig) -> int:
@@ -229,17 +230,6 @@ def _held_out(pictures: int, config: RepairConfig) -> int:
     if not config.held_out:
         return 0
     return min(max(2, round(config.held_out * pictures)), config.held_out_most, pictures // 2)
-
-
-def _pictures(
-    index: Index, clip: CLIP, names: list[str], keys: list[str], config: RepairConfig, cache: Path
-) -> Generator[Event, None, tuple[Index, dict[str, Tensor] | None]]:
-    """The pictures that decode, and their features where the vision tower is locked."""
-    if config.train == "both":
-        yield {"type": "progress", "stage": "check pictures", "done": 0, "total": len(index)}
-        return check_pictures(index), None
-    found, broken = yield from embed_pictures(clip.visual, index.root, names, keys, cache)
-    return index.without(broken), found
 
 
 def _teachers(inputs: Inputs, joined: Joined, config: RepairConfig, device: torch.device) -> dict[str, TextTower]:
@@ -260,9 +250,7 @@ def _teachers(inputs: Inputs, joined: Joined, config: RepairConfig, device: torc
     return towers
 
 
-def _rows(features: dict[str, Tensor], index: Index) -> Tensor:
-    """Features of an index's pictures, in its order: (pictures, embed_dim)"""
-    return torch.stack([features[picture.path] for picture in index.pictures]) if len(index) else torch.empty(0, 0)
+# ---- data -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -275,47 +263,85 @@ class HeldOut:
 
     @torch.no_grad()
     def image_features(self, clip: CLIP) -> Tensor:
+        """(pictures, embed_dim): as they were cached, or by the tower as it is now"""
         if self.features is not None:
             return self.features
-        load = PicturesAhead(self.index.paths, clip.visual.vision_config.image_size)
-        device = clip.logit_scale.device
-        chunks = torch.arange(len(self.index)).split(64)
-        return torch.cat([clip.encode_image(load(chunk.tolist()).to(device)).float().cpu() for chunk in chunks])
+        batches = load_batches(self.index.paths, clip.visual.vision_config.image_size, batch=64)
+        return torch.cat([clip.encode_image(pixels.to(clip.logit_scale.device)).float().cpu() for pixels in batches])
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on, what it measures, and the report of both."""
+
+    pairs: Pairs
+    held: HeldOut
+    report: dict[str, object]
+
+
+def _data(
+    inputs: Inputs, clip: CLIP, keys: list[str], config: RepairConfig, cache: Path
+) -> Generator[Event, None, Data]:
+    """The pictures that decode, embedded where the vision tower is locked, and their captions as tokens."""
+    index, features = inputs.index, None
+    if config.train == "text":
+        names = [picture.path for picture in index.pictures]
+        features, broken = yield from embed_pictures(clip.visual, index.root, names, keys, cache)
+        index = index.without(broken)
+    else:
+        index = yield from check_pictures(index)
+    train_index, held_index = split(index, _held_out(len(index), config), config.seed)
+    train_tokens = inputs.tokenize(train_index.captions())
+    held_tokens = inputs.tokenize(held_index.captions())
+    report = asdict(index.report) | {
+        "training pictures": len(train_index),
+        "held-out pictures": len(held_index),
+        "captions cut to the context length": train_tokens.truncated + held_tokens.truncated,
+        "captions with a literal special token taken out": train_tokens.specials + held_tokens.specials,
+    }
+    if features is None:
+        pixels = PicturesAhead(train_index.paths, clip.visual.vision_config.image_size)
+        pairs = Pairs(train_tokens.ids, train_index.caption_counts, None, pixels)
+        return Data(pairs, HeldOut(held_index, held_tokens.ids, None), report)
+    pairs = Pairs(train_tokens.ids, train_index.caption_counts, _rows(features, train_index), None)
+    return Data(pairs, HeldOut(held_index, held_tokens.ids, _rows(features, held_index)), report)
+
+
+def _rows(features: dict[str, Tensor], index: Index) -> Tensor:
+    """Features of an index's pictures, in its order: (pictures, embed_dim)"""
+    return torch.stack([features[picture.path] for picture in index.pictures]) if len(index) else torch.empty(0, 0)
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What stands still while a training moves."""
+
+    pairs: Pairs
+    held: HeldOut
+    teachers: dict[str, TextTower]
+    reference: TextTower | None  # that drift is measured from
+    metadata: dict[str, str]  # of every file that is written
 
 
 def _train(
-    training: Training,
-    pairs: Pairs,
-    held: HeldOut,
-    teachers: dict[str, TextTower],
-    reference: TextTower | None,
-    config: RepairConfig,
-    folder: Path,
-    joined: Joined,
-    device: torch.device,
-    stop: Callable[[], bool],
+    training: Training, scene: Scene, config: RepairConfig, folder: Path, device: torch.device, stop: Callable[[], bool]
 ) -> Iterator[Event]:
     clip = training.clip
-    saves = folder / "checkpoints"
     best: dict[str, float] | None = None
-    metadata = _metadata(folder, joined)
-
-    def measured() -> Iterator[Event]:
-        if not len(held.index):
-            return
-        features = held.image_features(clip)
-        first = torch.tensor((0, *held.index.caption_counts[:-1])).cumsum(0)
-        losses = held_out_loss(clip, features, held.ids[first], teachers, config)
-        values = measure_tower(clip, features, held.ids, held.index.owners(), reference)
-        yield {"type": "measure", "step": training.step, "held_out": losses} | values
 
     def save() -> Event:
         state = training.state() | {"best": best}
-        # whole text tower, so that a checkpoint can be used without the files it came from
-        checkpoint.save(saves, training.step, clip, training.optimizer, state, config.keep, metadata)
+        saves = folder / "checkpoints"
+        checkpoint.save(saves, training.step, clip, training.optimizer, state, config.keep, scene.metadata)
         return {"type": "checkpoint", "step": training.step}
 
-    saved = checkpoint.list_checkpoints(saves)
+    def export(name: str) -> None:
+        export_text(clip, folder / name, scene.metadata | {"step": str(training.step)})
+
+    saved = checkpoint.list_checkpoints(folder / "checkpoints")
     if saved:
         state = checkpoint.restore(saved[-1], clip, training.optimizer)
         training.restore(state)
@@ -325,44 +351,53 @@ def _train(
     else:
         telemetry.rewind(folder, -1)
         yield {"type": "start", "steps": training.total_steps, "device": str(device)}
-        yield from measured()
+        yield from _measured(training, scene, config)
 
-    per_epoch = training.sampler.batches_per_epoch
-    for event in train(training, pairs, teachers, config, device):
+    for event in train(training, scene.pairs, scene.teachers, config, device):
         yield event
         if event["type"] != "step":
             continue
-        end_of_epoch = training.step % per_epoch == 0
+        end_of_epoch = training.step % training.sampler.batches_per_epoch == 0
         if end_of_epoch:
-            for values in measured():
+            for values in _measured(training, scene, config):
                 if values["held_out"]["loss"] < (best["loss"] if best else math.inf):
                     best = {"step": training.step, "loss": values["held_out"]["loss"]}
-                    export_text(clip, folder / BEST, metadata | {"step": str(training.step)})
+                    export(BEST)
                 yield values
         stopping = stop() and training.step < training.total_steps
         if end_of_epoch or stopping or training.step % config.save_every == 0:
             yield save()
         if stopping:
-            export_text(clip, folder / RESULT, metadata | {"step": str(training.step)})
+            export(RESULT)
             yield {"type": "stopped", "step": training.step, "steps": training.total_steps, "run": str(folder)}
             return
 
-    export_text(clip, folder / RESULT, metadata | {"step": str(training.step)})
+    export(RESULT)
     if config.train == "both":
-        folded = copy.deepcopy(clip).cpu()
-        fold(folded)
-        write_clip(
-            folded.state_dict(), folder / "clip.safetensors", layout="openai", config=clip.config, metadata=metadata
-        )
+        state = {name: tensor.cpu() for name, tensor in clip.state_dict().items()}
+        write_clip(state, folder / "clip.safetensors", layout="openai", config=clip.config, metadata=scene.metadata)
+    events = telemetry.read(folder)
     result = {
         "steps": training.step,
         "skipped": training.skipped,
         "best": best,
-        "measurements": [e for e in telemetry.read(folder) if e["type"] == "measure"],
+        "measurements": [event for event in events if event["type"] == "measure"],
     }
-    plot_losses(telemetry.read(folder), folder / "loss.png")
     write_json(result, folder / "result.json")
+    plot_losses(events, folder / "loss.png")
     yield {"type": "done", "run": str(folder), "resumed": False}
+
+
+def _measured(training: Training, scene: Scene, config: RepairConfig) -> Iterator[Event]:
+    """A `measure` event, if there are pairs to measure on."""
+    held = scene.held
+    if not len(held.index):
+        return
+    features = held.image_features(training.clip)
+    first = torch.tensor((0, *held.index.caption_counts[:-1])).cumsum(0)
+    losses = held_out_loss(training.clip, features, held.ids[first], scene.teachers, config)
+    values = measure_tower(training.clip, features, held.ids, held.index.owners(), scene.reference)
+    yield {"type": "measure", "step": training.step, "held_out": losses} | values
 
 
 def _metadata(folder: Path, joined: Joined) -> dict[str, str]:
@@ -436,6 +471,9 @@ class Worker:
 
     def _hear(self, event: Event) -> None:
         self.latest = event
-        self._listen(event)
+        try:
+            self._listen(event)
+        except Exception:  # whoever listens must not end the training
+            log.exception("a listener of run %s failed", self.folder.name)
         with self._changed:
             self._changed.notify_all()

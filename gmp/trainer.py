@@ -26,6 +26,7 @@ from .losses import anchor, info_nce
 from .measure import text_features
 from .optim import parameter_groups, schedule, set_rates
 
+SCALER_SKIPS = 3  # in a row, from which on they are an alarm in fp16: fewer are how a GradScaler finds its scale
 MOST_SKIPS = 25  # steps in a row with non-finite gradients, after which a run has diverged
 
 
@@ -87,14 +88,18 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def prepare(clip: CLIP, pairs: Pairs, config: RepairConfig, device: torch.device) -> Training:
-    """Chooses what trains, splits the MLPs into r and theta, and sets up optimizer and sampler. Changes `clip`."""
+def set_up(clip: CLIP, config: RepairConfig, device: torch.device) -> torch.optim.Optimizer:
+    """Chooses what trains, splits the MLPs into r and theta, in place, and makes the optimizer.
+
+    Raises InputError for settings that this model or device cannot have.
+    """
+    precision_of(config.precision, device)
     clip.requires_grad_(True)
     if config.train == "text":
         clip.visual.requires_grad_(False)
     if config.geometric:
         clip.cpu()  # split in fp64, which some devices lack
-        to_geometric(clip, lambda name: _is_trained_mlp(name, config.train))
+        to_geometric(clip, lambda name: is_mlp(name) and (config.train == "both" or not name.startswith("visual.")))
     clip.to(device)
     lr = config.lr or default_lr(clip.text_config.width)
     try:
@@ -103,14 +108,16 @@ def prepare(clip: CLIP, pairs: Pairs, config: RepairConfig, device: torch.device
         raise InputError(str(error)) from None
     if not groups:
         raise InputError("every parameter is frozen: no rate is above 0")
-    optimizer = torch.optim.AdamW(groups, betas=config.betas)
+    return torch.optim.AdamW(groups, betas=config.betas)
+
+
+def begin(
+    clip: CLIP, optimizer: torch.optim.Optimizer, counts: Sequence[int], config: RepairConfig, device: torch.device
+) -> Training:
+    """A training at step 0; counts: captions of each picture. Raises InputError for fewer pairs than a step takes."""
     scaler = torch.amp.GradScaler(device.type, enabled=precision_of(config.precision, device) == "fp16")
-    sampler = Sampler(pairs.counts, config.step_pairs, config.seed)
+    sampler = Sampler(counts, config.step_pairs, config.seed)
     return Training(clip, optimizer, scaler, sampler, config.epochs * sampler.batches_per_epoch)
-
-
-def _is_trained_mlp(name: str, train: str) -> bool:
-    return is_mlp(name) and (train == "both" or not name.startswith("visual."))
 
 
 def train(
@@ -135,13 +142,13 @@ def train(
         epoch = training.sampler.epoch
         pictures, choice = next(training.sampler)
         ids = pairs.ids[first[pictures] + choice].to(device)
-        if pairs.pixels:
-            pairs.pixels.ahead(pictures.tolist() + next(copy.copy(training.sampler))[0].tolist())
+        more = training.step + 1 < training.total_steps
+        upcoming = next(copy.copy(training.sampler))[0] if more else pictures[:0]
         factor = schedule(config.schedule, training.step, training.total_steps, warmup)
         set_rates(optimizer, factor)
         optimizer.zero_grad(set_to_none=True)
         with autocast(device, precision):
-            losses = {"contrastive": _contrastive(clip, pairs, pictures, ids, scaler, config, device)}
+            losses = {"contrastive": _contrastive(clip, pairs, pictures, upcoming, ids, scaler, config, device)}
             losses |= _anchors(clip, teachers, ids[: config.anchor_captions], scaler, config)
         scaler.unscale_(optimizer)
         norms = gradient_norms(list(named), parameters)
@@ -156,7 +163,7 @@ def train(
             training.skipped_in_a_row += 1
         scaler.update()
         training.step += 1
-        if not norms.finite:
+        if training.skipped_in_a_row >= (SCALER_SKIPS if scaler.is_enabled() else 1):
             yield {
                 "type": "alarm",
                 "alarm": "non_finite",
@@ -190,6 +197,7 @@ def _contrastive(
     clip: CLIP,
     pairs: Pairs,
     pictures: Tensor,
+    upcoming: Tensor,  # pictures of the step after this one
     ids: Tensor,
     scaler: torch.amp.GradScaler,
     config: RepairConfig,
@@ -209,7 +217,10 @@ def _contrastive(
     def images(rows: slice) -> Tensor:
         if pairs.features is not None:
             return pairs.features[pictures[rows]].to(device)
-        return clip.encode_image(pairs.pixels(pictures[rows].tolist()).to(device)).float()
+        pixels = pairs.pixels(pictures[rows].tolist())
+        following = pictures[rows.stop : rows.stop + config.batch]
+        pairs.pixels.ahead((following if len(following) else upcoming[: config.batch]).tolist())
+        return clip.encode_image(pixels.to(device)).float()
 
     chunks = [slice(start, start + config.batch) for start in range(0, len(ids), config.batch)]
     if len(chunks) == 1:

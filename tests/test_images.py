@@ -270,3 +270,20 @@ def test_camera_jpeg_with_two_pictures_is_read(tmp_path):
 def test_wrong_settings(files, settings):
     with pytest.raises(InputError, match="at least 1"):
         load_batches(files, *settings)
+
+
+def test_pictures_ahead_gives_what_was_asked_for_and_ends_its_threads(tmp_path):
+    paths = []
+    for i in range(5):
+        paths.append(tmp_path / f"{i}.png")
+        Image.new("RGB", (8, 8), (50 * i, 0, 0)).save(paths[-1])
+    before = threading.active_count()
+    pictures = images.PicturesAhead(paths, 8, threads=2)
+    pictures.ahead([3, 1])
+    assert torch.equal(pictures([1, 4, 3]), torch.cat(list(images.load_batches([paths[i] for i in (1, 4, 3)], 8, 3))))
+    pictures.ahead([0])
+    pictures.close()
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before

@@ -125,8 +125,8 @@ def test_a_whole_run(whole, mode):
 @pytest.mark.parametrize("mode", CONFIGS)
 def test_the_result_reads_as_what_was_trained(whole, inputs, start, mode, monkeypatch, tmp_path):
     kept = []
-    original = run_module.prepare
-    monkeypatch.setattr(run_module, "prepare", lambda *a: kept.append(original(*a)) or kept[-1])
+    original = run_module.begin
+    monkeypatch.setattr(run_module, "begin", lambda *a: kept.append(original(*a)) or kept[-1])
     list(start(tmp_path / "run", CONFIGS[mode]))
     assert (tmp_path / "run" / RESULT).read_bytes() == (whole[mode][0] / RESULT).read_bytes()
     trained = kept[0].clip
@@ -416,8 +416,10 @@ def test_without_held_out_pictures(start, tmp_path):
 
 def test_held_out_pictures_are_never_trained_on(start, inputs, tmp_path, monkeypatch):
     kept = []
-    original = run_module.prepare
-    monkeypatch.setattr(run_module, "prepare", lambda clip, pairs, *a: kept.append(pairs) or original(clip, pairs, *a))
+    original = run_module.train
+    monkeypatch.setattr(
+        run_module, "train", lambda training, pairs, *a: kept.append(pairs) or original(training, pairs, *a)
+    )
     events = list(start(tmp_path / "run", dataclasses.replace(TEXT, held_out=0.3, epochs=1)))
     measured = of("measure", events)[-1]
     assert (len(kept[0].counts), measured["images"]) == (18, 8)
@@ -692,8 +694,8 @@ def test_a_failed_run_lets_go_of_its_memory(start, tmp_path, monkeypatch):
     import weakref
 
     models = []
-    original = run_module.prepare
-    monkeypatch.setattr(run_module, "prepare", lambda clip, *a: models.append(weakref.ref(clip)) or original(clip, *a))
+    original = run_module.begin
+    monkeypatch.setattr(run_module, "begin", lambda clip, *a: models.append(weakref.ref(clip)) or original(clip, *a))
     monkeypatch.setattr(trainer, "clip_gradients", lambda *a: 1 / 0)
     worker, _ = drive(start, tmp_path / "run")
     worker.start()
@@ -798,3 +800,35 @@ def test_default_rates():
     assert default_lr(64) == 1e-3
     assert 6e-6 < default_lr(768) < 8e-6 and 2e-6 < default_lr(1280) < 3e-6
     assert disturbed(small_clip()).text_config.width == 32
+
+
+# --- checks before work
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rates": {"nothing*": 0.0}}, "match no parameter that is trained"),
+        ({"rates": {"visual.*": 0.5}}, "match no parameter that is trained"),
+        ({"precision": "fp16"}, "fp16 training needs a GPU"),
+    ],
+)
+def test_settings_are_refused_before_a_picture_is_opened(start, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(run_module, "embed_pictures", None)
+    with pytest.raises(InputError, match=message):
+        list(start(tmp_path / "run", dataclasses.replace(TEXT, **changes)))
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("mode", CONFIGS)
+def test_a_stop_while_pictures_are_read_names_the_step_it_can_go_on_from(start, tmp_path, mode):
+    folder = tmp_path / "run"
+    events = start(folder, CONFIGS[mode])
+    while next(events)["type"] != "checkpoint":
+        pass
+    events.close()
+    step = status(folder).step
+    stopped = list(start(folder, CONFIGS[mode], stop=lambda: True))[-1]
+    assert step > 0 and (stopped["type"], stopped["step"]) == ("stopped", step)
+    assert telemetry.read(folder)[-1]["type"] == "stopped"
+    assert list(start(folder, CONFIGS[mode]))[-1]["type"] == "done"

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -129,11 +129,11 @@ def read_index(images: Path | str, captions: Path | str | None = None, missing_o
     return _build(root, found, missing, orphans)
 
 
-def check_pictures(index: Index, threads: int = 4, progress: Callable[[int, int], None] | None = None) -> Index:
+def check_pictures(index: Index, threads: int = 4) -> Generator[dict[str, object], None, Index]:
     """Decode every picture; leave out those that don't, and list them in the report with the reason.
 
-    `progress(done, total)` is called from the calling thread after each picture; what it raises stops the
-    check. Raises InputError if no picture is left.
+    Yields a progress event per picture; a consumer that stops listening stops the check. Raises InputError if no
+    picture is left.
     """
     if threads < 1:
         raise InputError(f"Pictures can't be checked with {threads} threads; at least 1 is needed.")
@@ -143,8 +143,7 @@ def check_pictures(index: Index, threads: int = 4, progress: Callable[[int, int]
         for done, (picture, reason) in enumerate(zip(index.pictures, pool.map(_fault, index.paths), strict=True), 1):
             if reason:
                 broken[picture.path] = reason
-            if progress:
-                progress(done, len(index))
+            yield {"type": "progress", "stage": "check pictures", "done": done, "total": len(index)}
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return index.without(broken)

@@ -158,16 +158,21 @@ class PicturesAhead:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="gmp-pictures")
         self._queued: dict[int, Future] = {}
 
+    def _decode(self, position: int) -> Future:
+        return self._queued.pop(position, None) or self._pool.submit(_load, self._paths[position], self._size)
+
     def ahead(self, positions: Sequence[int]) -> None:
-        """Starts decoding these; what was queued before and is not among them is forgotten."""
-        self._queued = {
-            i: self._queued.get(i) or self._pool.submit(_load, self._paths[i], self._size) for i in positions
-        }
+        """Starts decoding these, 256 at the most; what was queued before and is not among them is forgotten."""
+        self._queued = {i: self._decode(i) for i in positions[:_AHEAD]}
 
     def __call__(self, positions: Sequence[int]) -> torch.Tensor:
         """Pixels (B, 3, S, S) float32. Raises InputError naming a picture that does not decode."""
-        found = [self._queued.get(i) or self._pool.submit(_load, self._paths[i], self._size) for i in positions]
-        return torch.stack([future.result() for future in found])
+        return torch.stack([future.result() for future in [self._decode(i) for i in positions]])
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._queued.clear()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _load(path: str | Path, size: int) -> torch.Tensor:

@@ -27,7 +27,10 @@ def write_world(out: Path, count: int, seed: int, split: str = "train") -> Gener
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; give a folder for the pictures")
     if mark.exists():
-        known = json.loads(mark.read_text(encoding="utf-8"))
+        try:
+            known = json.loads(mark.read_text(encoding="utf-8"))
+        except ValueError:
+            raise InputError(f"{mark} is damaged; delete the folder, or choose another") from None
         if known != recipe:
             raise InputError(f"{out} holds another world ({known}); this one is {recipe}; choose another folder")
     elif out.exists() and any(out.iterdir()):
