@@ -1,0 +1,289 @@
+"""All that the pack needs of ComfyUI: files, CLIP objects, memory, progress, interrupts.
+
+No other file imports `comfy`, `folder_paths` or `nodes`, so that a change in the host is met in one place.
+Unless said otherwise, call these on the prompt thread only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import comfy.clip_model
+import comfy.lora
+import comfy.model_management as mm
+import comfy.sd
+import comfy.sd1_clip
+import comfy.sdxl_clip
+import comfy.utils
+import folder_paths
+import torch
+from comfy.cli_args import args
+from torch import Tensor
+
+from ..gmp.clip import TextConfig, text_config_from
+from ..gmp.errors import InputError
+from ..gmp.features import state_key
+from ..gmp.layouts import Source, TowerFile, huggingface
+from ..gmp.layouts.canonical import LENT, assemble, expected, take_apart
+from ..gmp.tokenizer import END_ID, START_ID, Tokens, has_special, plain
+
+MEMBERS = ("clip_l", "clip_g", "clip_h")
+NOTHING = "(none found)"  # the one choice of a menu without files
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def model_files(first: str, second: str) -> list[str]:
+    """Names for a menu: those of the first kind of model as they are, those of the second below the kind's name."""
+    names = folder_paths.get_filename_list(first)
+    names = names + [f"{second}/{name}" for name in folder_paths.get_filename_list(second)]
+    return names or [NOTHING]
+
+
+def model_path(name: str, first: str, second: str) -> Path:
+    """The file of a name that `model_files` gave."""
+    kind, rest = (second, name.removeprefix(f"{second}/")) if name.startswith(f"{second}/") else (first, name)
+    path = folder_paths.get_full_path(kind, rest)
+    if path is None:
+        raise InputError(
+            f"There is no file {name} in models/{first} or models/{second}; put it there or choose another."
+        )
+    return Path(path)
+
+
+def stamp(path: Path) -> str:
+    """Changes with the file."""
+    info = path.stat()
+    return f"{path} {info.st_size} {info.st_mtime_ns}"
+
+
+def input_folders() -> list[str]:
+    return folder_paths.get_input_subfolders() or [NOTHING]
+
+
+def input_files(suffix: str) -> list[str]:
+    """Files below the input folder, as paths relative to it."""
+    root = Path(folder_paths.get_input_directory())
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob(f"*{suffix}") if path.is_file())
+
+
+def input_path(name: str) -> Path:
+    """A path below the input folder. Raises InputError for one outside of it."""
+    root = folder_paths.get_input_directory()
+    path = os.path.abspath(os.path.join(root, name))
+    if os.path.commonpath((os.path.realpath(root), os.path.realpath(path))) != os.path.realpath(root):
+        raise InputError(f"{name} lies outside of ComfyUI's input folder; choose a folder in it.")
+    return Path(path)
+
+
+def runs_folder() -> Path:
+    return Path(folder_paths.get_output_directory()) / "gmp_runs"
+
+
+def cache_folder() -> Path:
+    """What can be computed again: picture features, hashes, the demo's pictures. Not reachable over HTTP."""
+    return Path(folder_paths.get_system_user_directory("gmp"))
+
+
+def save_path(prefix: str) -> tuple[Path, str]:
+    """A new file in the output folder, its folders made, and its name relative to that folder."""
+    root = folder_paths.get_output_directory()
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root)
+    while (path := Path(folder) / f"{name}_{counter:05}_.safetensors").exists():
+        counter += 1
+    return path, (Path(subfolder) / path.name).as_posix()
+
+
+def workflow_metadata(prompt: object, extra: dict[str, object] | None) -> dict[str, str]:
+    """The graph as file metadata, as ComfyUI's own savers write it; empty with --disable-metadata."""
+    if args.disable_metadata:
+        return {}
+    entries = {"prompt": prompt} if prompt is not None else {}
+    return {name: json.dumps(value) for name, value in (entries | (extra or {})).items()}
+
+
+# ---- CLIP objects --------------------------------------------------------------------------------------------------
+
+
+def comfy_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Canonical tensors under the names, and in the orientation, of ComfyUI's CLIPTextModel."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        tensors |= take_apart(huggingface.piece(name), tensor)
+    return tensors
+
+
+def member_of(clip: comfy.sd.CLIP, member: str) -> str:
+    """Checks which CLIP text encoder of a CLIP object is meant; "auto" takes the only one, or clip_l.
+
+    Raises InputError naming what there is: a T5 alone can't be repaired.
+    """
+    children = dict(clip.cond_stage_model.named_children())
+    found = [name for name in MEMBERS if hasattr(getattr(children.get(name), "transformer", None), "text_model")]
+    if not found:
+        held = ", ".join(children) or type(clip.cond_stage_model).__name__
+        raise InputError(f"This CLIP holds no CLIP text encoder, only {held}; connect one with clip_l or clip_g.")
+    if member == "auto":
+        return found[0]
+    if member not in found:
+        raise InputError(f"This CLIP has no {member}; it holds {', '.join(children)}. Choose {' or '.join(found)}.")
+    return member
+
+
+def _weights(clip: comfy.sd.CLIP, member: str, patched: bool) -> dict[str, Tensor]:
+    """fp32 CPU copies of a member's tensors, by their names below `member.transformer.`.
+
+    Right whether or not the model is loaded or patched now: `get_key_patches` gives the backup of patched weights.
+    `patched` adds what upstream nodes (LoRAs) patch.
+    """
+    prefix = f"{member}.transformer."
+    tensors = {}
+    for key, (first, *patches) in clip.get_key_patches().items():
+        if not key.startswith(prefix):
+            continue
+        weight, convert = first
+        weight = convert(mm.cast_to_device(weight, torch.device("cpu"), torch.float32, copy=True), inplace=True)
+        if patched and patches:
+            weight = comfy.lora.calculate_weight(patches, weight, key)
+        tensors[key.removeprefix(prefix)] = weight.clone() if weight.is_inference() else weight
+    return tensors
+
+
+def read_clip(clip: comfy.sd.CLIP, member: str) -> TowerFile:
+    """A member's effective weights, LoRAs included, in canonical form.
+
+    clip_l's projection is left out: no diffusion model reads it, and most files lack it, which leaves it uninitialised.
+    """
+    tensors = _weights(clip, member, patched=True)
+    layers = clip.cond_stage_model.get_submodule(f"{member}.transformer.text_model.encoder.layers")
+    left_out = LENT if member == "clip_l" else ("logit_scale",)
+    state = {}
+    for name in expected("text", range(len(layers))):
+        if name not in left_out:
+            piece = huggingface.piece(name)
+            state[name] = assemble(name, piece, tensors)
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if broken:
+        raise InputError(f"The CLIP's {member} holds NaN or infinity in {len(broken)} tensors ({broken[0]}, …).")
+    activations = {id(function): name for name, function in comfy.clip_model.ACTIVATIONS.items()}
+    config = text_config_from(
+        state, heads=layers[0].self_attn.heads, activation=activations[id(layers[0].mlp.activation)]
+    )
+    patches = sum(key.startswith(f"{member}.") for key in clip.patcher.patches)
+    notes = (f"{patches} patched tensors (LoRAs) are baked in",) if patches else ()
+    source = Source(f"the CLIP's {member}", state_key(state), "comfyui", member, {}, (), tuple(left_out), (), notes)
+    return TowerFile(state, config, source)
+
+
+def patch_clip(clip: comfy.sd.CLIP, member: str, encoder: TowerFile, strength: float) -> comfy.sd.CLIP:
+    """A clone of a CLIP whose member gives way to `encoder`, blended by `strength`.
+
+    The patch is the difference to the bare weights that the host holds, so that LoRAs before and after still count.
+    Raises InputError when the two have different shapes.
+    """
+    base = _weights(clip, member, patched=False)
+    skipped = LENT if member == "clip_l" else ("logit_scale",)
+    fresh = comfy_tensors({name: tensor for name, tensor in encoder.state.items() if name not in skipped})
+    _check_shapes(base, encoder.config, member, encoder.source.path)
+    patches = {
+        f"{member}.transformer.{name}": ("diff", (difference,))
+        for name, tensor in fresh.items()
+        if (difference := tensor - base[name]).any()
+    }
+    patched = clip.clone()
+    refused = set(patches) - set(patched.add_patches(patches, strength))
+    if refused:
+        raise InputError(f"ComfyUI refused {len(refused)} of {len(patches)} patches, {sorted(refused)[0]} among them.")
+    return patched
+
+
+def _check_shapes(base: dict[str, Tensor], config: TextConfig, member: str, name: str) -> None:
+    vocabulary, width = base["text_model.embeddings.token_embedding.weight"].shape
+    layers = {key.split(".")[3] for key in base if key.startswith("text_model.encoder.layers.")}
+    there = {
+        "layers": (config.layers, len(layers)),
+        "width": (config.width, width),
+        "vocabulary": (config.vocab_size, vocabulary),
+        "positions": (config.context_length, len(base["text_model.embeddings.position_embedding.weight"])),
+        "MLP width": (config.mlp_width, len(base["text_model.encoder.layers.0.mlp.fc1.bias"])),
+    }
+    wrong = [f"{what} {mine} against {theirs}" for what, (mine, theirs) in there.items() if mine != theirs]
+    if wrong:
+        raise InputError(
+            f"{name} does not fit the CLIP's {member}: {', '.join(wrong)}. "
+            "Connect the CLIP that this encoder belongs to."
+        )
+
+
+def build_clip(state: dict[str, Tensor], config: TextConfig) -> comfy.sd.CLIP:
+    """ComfyUI's CLIP object, as for SD1, from a canonical text tower of any size, in fp32."""
+    shape = {
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_attention_heads": config.heads,
+        "num_hidden_layers": config.layers,
+        "hidden_act": config.activation,
+    }
+    tensors = {name: tensor for name, tensor in comfy_tensors(state).items() if name != "logit_scale"}
+    return comfy.sd.load_text_encoder_state_dicts(
+        [tensors],
+        clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION,
+        model_options={"model_config": shape, "dtype": torch.float32},
+    )
+
+
+def tokenizer(member: str | None, context_length: int) -> Callable[[Sequence[str]], Tokens]:
+    """Captions -> tokens with the tokenizer that ComfyUI reads prompts with. The function may run in any thread."""
+    kind = comfy.sd1_clip.SDTokenizer if member in (None, "clip_l") else comfy.sdxl_clip.SDXLClipGTokenizer
+    tokenizer = kind()
+    room = context_length - 2
+
+    def tokenize(captions: Sequence[str]) -> Tokens:
+        ids = torch.full((len(captions), context_length), tokenizer.pad_token, dtype=torch.int64)
+        rows = tokenizer.tokenizer([plain(c) for c in captions], verbose=False)["input_ids"] if captions else []
+        truncated = 0
+        for target, row in zip(ids, rows, strict=True):
+            words = row[1:-1]
+            truncated += len(words) > room
+            words = [START_ID, *words[:room], END_ID]
+            target[: len(words)] = torch.tensor(words)
+        return Tokens(ids, truncated, sum(map(has_special, captions)))
+
+    return tokenize
+
+
+# ---- device, progress, interrupt -----------------------------------------------------------------------------------
+
+
+def device() -> torch.device:
+    return mm.get_torch_device()
+
+
+def make_room(parameters: int) -> None:
+    """Asks ComfyUI to move models off the device until a training of so many parameters should fit."""
+    target = mm.get_torch_device()
+    if target.type != "cpu":
+        # fp32 weights, gradients and two moments, once more for teachers and copies; 4 GiB for activations
+        mm.free_memory(parameters * 4 * 6 + 4 * 2**30, target)
+        mm.soft_empty_cache()
+
+
+def raise_if_interrupted() -> None:
+    mm.throw_exception_if_processing_interrupted()
+
+
+class Progress:
+    """ComfyUI's progress bar of the node that runs now."""
+
+    def __init__(self) -> None:
+        self._total = 0
+
+    def show(self, done: int, total: int) -> None:
+        """Raises ComfyUI's interrupt where the user has cancelled."""
+        if total != self._total:  # a bar of ComfyUI's never goes back
+            self._total, self._bar = total, comfy.utils.ProgressBar(max(1, total))
+        self._bar.update_absolute(done)

@@ -1,0 +1,270 @@
+"""Starts a repair in the background, or joins the one that runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from comfy_api.latest import io
+
+from ..gmp.config import PRECISIONS, TRAIN, Anchor, RepairConfig
+from ..gmp.data.captions import Index
+from ..gmp.errors import InputError
+from ..gmp.features import content_keys
+from ..gmp.run import Inputs, describe_run, repair, run_id
+from ..gmp.trainer import precision_of
+from . import host, routes, runs
+from .sockets import CATEGORY, ClipParts, Dataset, ReassembledCLIP, Run, RunHandle
+
+TARGETS = {
+    "SDXL, SD2, SD3 (penultimate)": "penultimate",
+    "Flux (pooled)": "pooled",
+    "SD1 (last)": "last",
+}
+_last: dict[str, str] = {}  # node id -> the run that it gave last
+_given: dict[str, str] = {}  # node id -> its last fingerprint
+
+
+class Repair(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GmPRepair",
+            display_name="GmP Repair",
+            category=CATEGORY,
+            description="Fine-tunes the text encoder back into agreement with its vision tower, by geometric "
+            "parametrization (GmP), in the background. The same inputs are the same run: queueing again joins it, "
+            "resumes it, or takes its result.",
+            search_aliases=[
+                "train clip",
+                "fine-tune text encoder",
+                "geometric parametrization",
+                "repair TE",
+                "gmp",
+            ],
+            inputs=[
+                ReassembledCLIP.Input("gmp_clip", tooltip="The CLIP to repair, from Reassemble CLIP."),
+                Dataset.Input("dataset", tooltip="Captioned pictures."),
+                io.Combo.Input(
+                    "target",
+                    options=list(TARGETS),
+                    default=next(iter(TARGETS)),
+                    tooltip="The diffusion model that will read the text encoder. It decides where the anchor holds.",
+                ),
+                io.Float.Input(
+                    "anchor_weight",
+                    default=0.3,
+                    min=0.0,
+                    max=100.0,
+                    step=0.05,
+                    tooltip="How strongly the encoder is held to the original at the place that the target reads. "
+                    "0 is off: alignment alone, which may drift from what the diffusion model knows.",
+                ),
+                io.Int.Input("epochs", default=5, min=1, max=1000, step=1, tooltip="How often every picture is seen."),
+                io.Int.Input(
+                    "batch",
+                    default=256,
+                    min=2,
+                    max=16384,
+                    step=2,
+                    tooltip="Pairs per forward pass. Every pair is a negative of every other; more need more memory.",
+                ),
+                io.Float.Input(
+                    "lr",
+                    display_name="lr (0 = automatic)",
+                    default=0.0,
+                    min=0.0,
+                    max=0.1,
+                    step=1e-6,
+                    round=False,
+                    tooltip="Learning rate. 0 chooses by the encoder's width: 7e-6 for clip_l, 2.5e-6 for clip_g.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**53 - 1,
+                    control_after_generate=False,
+                    tooltip="Order of the pictures and choice of captions. Another seed is another run.",
+                ),
+                io.Boolean.Input(
+                    "wait",
+                    default=False,
+                    tooltip="Off: give back at once and train in the background. On: hold the queue until the run is "
+                    "through; cancelling stops the run, which saves itself and resumes when queued again.",
+                ),
+                io.Combo.Input(
+                    "train",
+                    options=list(TRAIN),
+                    default="text",
+                    optional=True,
+                    advanced=True,
+                    tooltip="text: the vision tower stays as it is, its features are computed once. both: train it "
+                    "too, slower and with more memory.",
+                ),
+                io.Int.Input(
+                    "accumulate",
+                    default=1,
+                    min=1,
+                    max=256,
+                    step=1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Batches per step. Every pair of a step is a negative of every other, as in one big batch.",
+                ),
+                io.Float.Input(
+                    "smoothing",
+                    default=0.0,
+                    min=0.0,
+                    max=0.5,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Label smoothing of the contrastive loss. 0 is off.",
+                ),
+                io.Float.Input(
+                    "warmup",
+                    default=0.1,
+                    min=0.0,
+                    max=0.9,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Share of the steps in which the learning rate rises.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Of the computation; weights are fp32 always. auto: bf16 or fp16 on a GPU, fp32 on a CPU.",
+                ),
+                io.Float.Input(
+                    "held_out",
+                    default=0.05,
+                    min=0.01,
+                    max=0.5,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Share of the pictures that is measured and not trained on. The best step is chosen by it.",
+                ),
+                io.Int.Input(
+                    "save_every",
+                    default=200,
+                    min=1,
+                    max=100000,
+                    step=1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Steps between two checkpoints. The end of every epoch is always saved.",
+                ),
+                io.Int.Input(
+                    "keep",
+                    default=3,
+                    min=1,
+                    max=1000,
+                    step=1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How many checkpoints are kept: three times the encoder's size each.",
+                ),
+            ],
+            outputs=[
+                Run.Output(
+                    display_name="run",
+                    tooltip="The run, for Repaired Text Encoder. It may still be training.",
+                )
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_) -> str:
+        """Changes when the run that this node gave last has something that the nodes behind have not taken.
+
+        It stays when they have: a graph that waited for its run does not execute once more to see it finished.
+        """
+        node = cls.hidden.unique_id
+        run = _last.get(node)
+        if run and not runs.all_taken(run):
+            _given[node] = runs.stamp(run)
+        return _given.get(node, "")
+
+    @classmethod
+    def execute(
+        cls,
+        gmp_clip: ClipParts,
+        dataset: Index,
+        target: str,
+        anchor_weight: float,
+        epochs: int,
+        batch: int,
+        lr: float,
+        seed: int,
+        wait: bool,
+        train: str = "text",
+        accumulate: int = 1,
+        smoothing: float = 0.0,
+        warmup: float = 0.1,
+        precision: str = "auto",
+        held_out: float = 0.05,
+        save_every: int = 200,
+        keep: int = 3,
+    ) -> io.NodeOutput:
+        config = RepairConfig(
+            train=train,
+            epochs=epochs,
+            batch=batch,
+            accumulate=accumulate,
+            lr=lr or None,
+            smoothing=smoothing,
+            warmup=warmup,
+            anchors=(Anchor("original", TARGETS[target], anchor_weight),) if anchor_weight else (),
+            precision=precision,
+            held_out=held_out,
+            save_every=save_every,
+            keep=keep,
+            seed=seed,
+        )
+        text = gmp_clip.text
+        device = host.device()
+        precision_of(precision, device)
+        if config.anchors and gmp_clip.original is None:
+            raise InputError(
+                f"{gmp_clip.vision.source.path} has no text tower to anchor to; load the full original CLIP as the "
+                "vision tower, or set anchor_weight to 0"
+            )
+        tokenize = host.tokenizer(text.source.member, text.config.context_length)
+        inputs = Inputs(text, gmp_clip.vision, gmp_clip.original, dataset, tokenize)
+        cache = host.cache_folder()
+        progress = host.Progress()
+        keys = _keys(dataset, cache, progress)
+        run = run_id(describe_run(inputs, keys, config))
+        handle = RunHandle(run, runs.folder_of(run))
+        _last[cls.hidden.unique_id] = run
+
+        def events(stop):
+            return repair(inputs, config, handle.folder, cache=cache, device=device, stop=stop)
+
+        if runs.status_of(run).state not in ("running", "finished"):
+            host.make_room(sum(t.numel() for part in (text, gmp_clip.vision) for t in part.state.values()))
+        worker = runs.attach(handle, events, routes.viewer(cls))
+        if wait:
+            runs.wait(handle, lambda event: runs.show_progress(event, progress))
+        done = worker is None or worker.latest["type"] == "done"
+        words = runs.summary(handle.folder) if done else runs.tell(worker.latest)
+        return routes.with_text(cls, f"run {run}\n{words}", handle)
+
+
+def _keys(dataset: Index, cache: Path, progress: host.Progress) -> list[str]:
+    """The hash of every picture; quick for those that have been hashed before."""
+    names = [picture.path for picture in dataset.pictures]
+    steps = content_keys(dataset.root, names, cache)
+    while True:
+        try:
+            event = next(steps)
+        except StopIteration as end:
+            return end.value
+        progress.show(event["done"], event["total"])
+        host.raise_if_interrupted()

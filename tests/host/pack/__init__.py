@@ -1,0 +1,147 @@
+"""Nodes for the host tests only: they make CLIPs of random tiny weights and write down what reached them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import comfy.sd
+import comfy.sdxl_clip
+import comfy.text_encoders.flux
+import comfy.text_encoders.sd3_clip
+import folder_paths
+import torch
+from safetensors.torch import save_file
+
+import nodes
+
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3}
+T5 = {"d_model": 32, "d_ff": 64, "num_heads": 2, "d_kv": 16, "num_layers": 2}
+KINDS = {
+    "sdxl": (comfy.sdxl_clip.SDXLClipModel, comfy.sdxl_clip.SDXLTokenizer),
+    "flux": (comfy.text_encoders.flux.flux_clip(), comfy.text_encoders.flux.FluxTokenizer),
+    "t5": (
+        comfy.text_encoders.sd3_clip.sd3_clip(clip_l=False, clip_g=False, t5=True),
+        comfy.text_encoders.sd3_clip.SD3Tokenizer,
+    ),
+}
+
+
+class Node:
+    CATEGORY = "test"
+    FUNCTION = "run"
+    RETURN_TYPES: tuple[str, ...] = ()
+    INPUTS: dict[str, tuple] = {}
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, object]:
+        return {"required": cls.INPUTS}
+
+
+class TinyCLIP(Node):
+    """A CLIP object with random weights. clip_l's projection is NaN, as uninitialised memory may be."""
+
+    INPUTS = {"kind": (list(KINDS),)}
+    RETURN_TYPES = ("CLIP",)
+
+    def run(self, kind: str):
+        class Target:
+            clip, tokenizer = KINDS[kind]
+            params: dict[str, object] = {}
+
+        options = {
+            "dtype": torch.float32,
+            "clip_l_model_config": TINY,
+            "clip_g_model_config": TINY | {"num_hidden_layers": 4},
+            "t5xxl_model_config": T5,
+        }
+        clip = comfy.sd.CLIP(Target, model_options=options)
+        dice = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, weight in clip.cond_stage_model.named_parameters():
+                weight.copy_(torch.randn(weight.shape, generator=dice) * 0.1)
+                if name == "clip_l.transformer.text_projection.weight":
+                    weight.fill_(torch.nan)
+        return (clip,)
+
+
+class Perturb(Node):
+    """Another text encoder of the same shape, or one with a wider MLP."""
+
+    INPUTS = {"text_encoder": ("GMP_TEXT_ENCODER",), "layers": ("INT", {"default": 0})}
+    RETURN_TYPES = ("GMP_TEXT_ENCODER",)
+
+    def run(self, text_encoder, layers: int):
+        dice = torch.Generator().manual_seed(1)
+        state = {n: t + 0.05 * torch.randn(t.shape, generator=dice) for n, t in text_encoder.state.items()}
+        config = replace(text_encoder.config, layers=layers or text_encoder.config.layers)
+        return (replace(text_encoder, state=state, config=config),)
+
+
+class Lora(Node):
+    """Patches one weight of clip_l, as a LoRA does."""
+
+    INPUTS = {"clip": ("CLIP",)}
+    RETURN_TYPES = ("CLIP",)
+
+    def run(self, clip):
+        clip = clip.clone()
+        key = "clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
+        shape = clip.cond_stage_model.state_dict()[key].shape
+        clip.add_patches({key: ("diff", (torch.ones(shape),))}, 0.5)
+        return (clip,)
+
+
+class Dump(Node):
+    """Writes CONDITIONING, or a text encoder's state, to output/NAME.safetensors."""
+
+    INPUTS = {"value": ("*",), "name": ("STRING", {"default": "dump"})}
+    OUTPUT_NODE = True
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types: dict[str, str]) -> bool:
+        return True
+
+    def run(self, value, name: str):
+        if isinstance(value, list):
+            tensors = {"cond": value[0][0], "pooled": value[0][1].get("pooled_output")}
+            tensors = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+        else:
+            tensors = value.state
+        plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+        save_file(plain, Path(folder_paths.get_output_directory()) / f"{name}.safetensors")
+        return {}
+
+
+class Tokens(Node):
+    """Token ids of the pack's training tokenizer, and of ComfyUI's prompts, as JSON."""
+
+    INPUTS = {"texts": ("STRING", {}), "member": (["clip_l", "clip_g"],)}
+    OUTPUT_NODE = True
+
+    def run(self, texts: str, member: str):
+        root = nodes.NODE_CLASS_MAPPINGS["GmPRepair"].__module__.removesuffix(".nodes.repair")
+        host = importlib.import_module(root + ".nodes.host")
+        tokens = host.tokenizer(member, 77)(json.loads(texts))
+        prompt = comfy.sdxl_clip.SDXLTokenizer().tokenize_with_weights("a red circle")[member[-1]][0]
+        found = {"ids": tokens.ids.tolist(), "truncated": tokens.truncated, "specials": tokens.specials}
+        return {"ui": {"text": [json.dumps(found | {"prompt": [token for token, _ in prompt]})]}}
+
+
+class Threads(Node):
+    """The names of the training threads."""
+
+    OUTPUT_NODE = True
+
+    @classmethod
+    def IS_CHANGED(cls) -> float:
+        return float("nan")
+
+    def run(self):
+        return {"ui": {"text": [t.name for t in threading.enumerate() if t.name.startswith("gmp ")]}}
+
+
+NODE_CLASS_MAPPINGS = {f"GmPTest{kind.__name__}": kind for kind in (TinyCLIP, Perturb, Lora, Dump, Tokens, Threads)}
