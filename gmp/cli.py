@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict
 from pathlib import Path
 
 from .errors import InputError
-
-Event = dict[str, object]
+from .terminal import Event, Stop, show, tell
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,85 +33,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         print(json.dumps(answer, default=str))
     return 0
-
-
-# ---- terminal -------------------------------------------------------------------------------------------------------
-
-
-def _show(events: Iterator[Event], describe: Callable[[Event], str | None] = lambda event: None):
-    """Progress bars on standard error for a generator of events; returns what the generator returns."""
-    from tqdm import tqdm
-
-    bar, stage = None, None
-    events = iter(events)
-    try:
-        while True:
-            try:
-                event = next(events)
-            except StopIteration as end:
-                return end.value
-            if event["type"] in ("progress", "step"):
-                name = event.get("stage", "train")
-                total = event["total"] if name != "train" else event["steps"]
-                done = event["done"] if name != "train" else event["step"]
-                if stage != name:
-                    if bar is not None:
-                        bar.close()
-                    bar, stage = tqdm(total=total, desc=name, file=sys.stderr, mininterval=0.5), name
-                bar.update(done - bar.n)
-                if name == "train":
-                    bar.set_postfix_str(f"loss {event['loss']:.3f}", refresh=False)
-            if line := describe(event):
-                tqdm.write(line, file=sys.stderr)
-    finally:
-        if bar is not None:
-            bar.close()
-
-
-def _sentence(event: Event) -> str | None:
-    """What a person wants to know of an event of a repair."""
-    kind = event["type"]
-    if kind == "join":
-        lines = [f"{o['name']}: {o['source']} ({o['reason']})" for o in event["tensors"]]
-        return "\n".join(lines + [f"assumed: {sentence}" for sentence in event["assumptions"]])
-    if kind == "dataset":
-        left_out = {k: event[k] for k in ("missing", "uncaptioned", "broken") if event[k]}
-        counts = f"{event['training pictures']} pictures to train on, {event['held-out pictures']} held out"
-        listed = "".join(f"\n{name}: {len(rows)}, such as {rows[:5]}" for name, rows in left_out.items())
-        cut = event["captions cut to the context length"]
-        return counts + listed + (f"\n{cut} captions are too long and were cut" if cut else "")
-    if kind == "resume":
-        return f"going on at step {event['step']} of {event['steps']}"
-    if kind == "measure":
-        cosine = event["drift"].get("penultimate", {}).get("cosine")
-        return (
-            f"step {event['step']}: held-out recall@1 {event['recall_at_1_text_to_image']:.3f} text to image, "
-            f"{event['recall_at_1_image_to_text']:.3f} image to text"
-            + (f"; cosine to the original at penultimate {cosine:.3f}" if cosine is not None else "")
-        )
-    if kind == "alarm":
-        return f"step {event['step']}: {event['advice']}"
-    return None
-
-
-class _Stop:
-    """Ctrl-C asks for a stop at the next step's boundary; a second one aborts."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> Callable[[], bool]:
-        self._before = signal.signal(signal.SIGINT, self._interrupt)
-        return lambda: self.asked
-
-    def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _interrupt(self, number, frame) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nstopping after this step; once more to abort", file=sys.stderr)
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------
@@ -256,14 +175,14 @@ def _repair(options: argparse.Namespace) -> object:
     inputs = Inputs(text, vision, original, index, tokenize)
     last: Event = {}
 
-    def tell(event: Event) -> str | None:
+    def hear(event: Event) -> str | None:
         last.update(event)
-        return _sentence(event)
+        return tell(event)
 
-    with _Stop() as stop:
+    with Stop() as stop:
         cache = options.cache or default_cache()
         events = repair(inputs, config, options.out, cache=cache, device=_device(options.device), stop=stop)
-        _show(events, tell)
+        show(events, hear)
     if last["type"] == "stopped":
         print(f"stopped at step {last['step']} of {last['steps'] or 'all'}; the same command goes on from there")
     elif last["resumed"]:
@@ -321,7 +240,7 @@ def _convert(options: argparse.Namespace) -> object:
 
 
 def _measure(options: argparse.Namespace) -> object:
-    answer = _show(_measured(options))
+    answer = show(_measured(options))
     for direction in ("text_to_image", "image_to_text"):
         recalls = ", ".join(f"recall@{k} {answer[f'recall_at_{k}_{direction}']:.3f}" for k in (1, 5, 10))
         print(
@@ -365,7 +284,7 @@ def _measured(options: argparse.Namespace) -> Generator[Event, None, Event]:
 def _world(options: argparse.Namespace) -> object:
     from .world.write import write_world
 
-    captions = _show(write_world(options.out, options.count, options.seed, options.split))
+    captions = show(write_world(options.out, options.count, options.seed, options.split))
     print(f"{options.count} pictures in {options.out}, captions in {captions}")
     return {"images": str(options.out), "captions": str(captions), "count": options.count}
 
@@ -376,12 +295,12 @@ def _demo(options: argparse.Namespace) -> object:
 
     last: Event = {}
 
-    def tell(event: Event) -> str | None:
+    def hear(event: Event) -> str | None:
         if event["type"] == "done":
             last.update(event)
-        return _sentence(event)
+        return tell(event)
 
-    figures = _show(demo(options.out, _device(options.device)), tell)
+    figures = show(demo(options.out, _device(options.device)), hear)
     run = Path(figures["run"])
     print(table({name: figures[name] for name in ("ruined", "repaired", "original")}))
     print(f"\nrepaired text encoder: {run / RESULT}")

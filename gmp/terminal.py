@@ -1,0 +1,85 @@
+"""What a person sees of a generator of events in a terminal: progress bars, sentences, and what Ctrl-C does."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+from tqdm import tqdm
+
+Event = dict[str, object]
+
+
+def show(events: Iterator[Event], describe: Callable[[Event], str | None] = lambda event: None):
+    """Progress bars on standard error for a generator of events; returns what the generator returns."""
+    bar, stage = None, None
+    events = iter(events)
+    try:
+        while True:
+            try:
+                event = next(events)
+            except StopIteration as end:
+                return end.value
+            if event["type"] in ("progress", "step"):
+                name = event.get("stage", "train")
+                total = event["total"] if name != "train" else event["steps"]
+                done = event["done"] if name != "train" else event["step"]
+                if stage != name:
+                    if bar is not None:
+                        bar.close()
+                    bar, stage = tqdm(total=total, desc=name, file=sys.stderr, mininterval=0.5), name
+                bar.update(done - bar.n)
+                if name == "train":
+                    bar.set_postfix_str(f"loss {event['loss']:.3f}", refresh=False)
+            if line := describe(event):
+                tqdm.write(line, file=sys.stderr)
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def tell(event: Event) -> str | None:
+    """What a person wants to know of an event of a repair."""
+    kind = event["type"]
+    if kind == "join":
+        lines = [f"{o['name']}: {o['source']} ({o['reason']})" for o in event["tensors"]]
+        return "\n".join(lines + [f"assumed: {sentence}" for sentence in event["assumptions"]])
+    if kind == "dataset":
+        left_out = {k: event[k] for k in ("missing", "uncaptioned", "broken") if event[k]}
+        counts = f"{event['training pictures']} pictures to train on, {event['held-out pictures']} held out"
+        listed = "".join(f"\n{name}: {len(rows)}, such as {rows[:5]}" for name, rows in left_out.items())
+        cut = event["captions cut to the context length"]
+        return counts + listed + (f"\n{cut} captions are too long and were cut" if cut else "")
+    if kind == "resume":
+        return f"going on at step {event['step']} of {event['steps']}"
+    if kind == "measure":
+        cosine = event["drift"].get("penultimate", {}).get("cosine")
+        return (
+            f"step {event['step']}: held-out recall@1 {event['recall_at_1_text_to_image']:.3f} text to image, "
+            f"{event['recall_at_1_image_to_text']:.3f} image to text"
+            + (f"; cosine to the original at penultimate {cosine:.3f}" if cosine is not None else "")
+        )
+    if kind == "alarm":
+        return f"step {event['step']}: {event['advice']}"
+    return None
+
+
+class Stop:
+    """Ctrl-C asks for a stop at the next step's boundary; a second one aborts."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Callable[[], bool]:
+        self._before = signal.signal(signal.SIGINT, self._interrupt)
+        return lambda: self.asked
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _interrupt(self, number, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step; once more to abort", file=sys.stderr)
