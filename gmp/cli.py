@@ -109,7 +109,7 @@ def _join(options: argparse.Namespace) -> object:
     joined = join(text, vision, original)
     if options.layout == "gmp":
         _split_mlps(joined.state)
-    hashes = {tower.source.path: tower.source.sha256 for tower in (text, vision)}
+    hashes = {role: source.sha256 for role, source in joined.sources.items()}
     metadata = {"gmp_sources": json.dumps({"sha256": hashes, "tensors": joined.summary()})}
     write_clip(
         joined.state,
@@ -171,7 +171,7 @@ def _repair(options: argparse.Namespace) -> object:
     )
     index = read_index(options.images, options.captions, options.allow_missing)
     text, vision, original = _read_towers(options)
-    tokenize = tokenizer_for(text.config.context_length, text.config.activation)
+    tokenize = tokenizer_for(text.config.context_length, text.source.member)
     inputs = Inputs(text, vision, original, index, tokenize)
     last: Event = {}
 
@@ -189,14 +189,15 @@ def _repair(options: argparse.Namespace) -> object:
         print(f"{options.out} is finished already")
     if (options.out / RESULT).exists():
         print(f"text encoder: {options.out / RESULT}")
-    answer = {
-        "run": str(options.out),
-        "state": last["type"],
-        "text_encoder": str(options.out / RESULT),
-        "best_text_encoder": str(options.out / BEST),
-    }
-    result = options.out / "result.json"
-    return answer | (json.loads(result.read_text(encoding="utf-8")) if last["type"] == "done" else {})
+    there = {name: options.out / file for name, file in (("text_encoder", RESULT), ("best_text_encoder", BEST))}
+    answer = {"run": str(options.out), "state": last["type"]}
+    answer |= {name: str(path) if path.exists() else None for name, path in there.items()}
+    if last["type"] != "done":
+        return answer
+    result = json.loads((options.out / "result.json").read_text(encoding="utf-8"))
+    if result["best"] and result["best"]["step"] == 0:
+        print("no step was better than the start on the held-out pictures: lower the learning rate")
+    return answer | result
 
 
 def _rate(text: str) -> tuple[str, float]:
@@ -249,6 +250,8 @@ def _measure(options: argparse.Namespace) -> object:
         )
     for point, moved in answer["drift"].items():
         print(f"{point}: cosine to the original {moved['cosine']:.4f}, relative norm {moved['relative_norm']:.3f}")
+    for note in answer["notes"]:
+        print(note)
     for name, reason in answer["broken"].items():
         print(f"left out: {name} ({reason})")
     return answer
@@ -259,7 +262,7 @@ def _measured(options: argparse.Namespace) -> Generator[Event, None, Event]:
 
     from .data.captions import read_index
     from .features import content_keys, default_cache, embed_pictures
-    from .join import join, text_tower
+    from .join import join, text_tower, unlike
     from .measure import measure_tower
     from .tokenizer import tokenizer_for
 
@@ -272,10 +275,12 @@ def _measured(options: argparse.Namespace) -> Generator[Event, None, Event]:
     keys = yield from content_keys(index.root, names, cache)
     features, broken = yield from embed_pictures(clip.visual, index.root, names, keys, cache)
     index = index.without(broken)
-    tokens = tokenizer_for(text.config.context_length, text.config.activation)(index.captions())
+    tokens = tokenizer_for(text.config.context_length, text.source.member)(index.captions())
     pictures = torch.stack([features[picture.path] for picture in index.pictures])
-    reference = text_tower(original, joined).to(device) if original else None
+    difference = original and unlike(text, original)
+    reference = text_tower(original, joined).to(device) if original and not difference else None
     return measure_tower(clip, pictures, tokens.ids, index.owners(), reference) | {
+        "notes": [f"drift is not measured: {difference}"] if difference else [],
         "broken": broken,
         "captions cut to the context length": tokens.truncated,
     }

@@ -99,7 +99,8 @@ class RepairConfig:
 def default_lr(text_width: int) -> float:
     """1e-3 · (64 / width)²: 1e-3 for the shipped world, 7e-6 for clip_l, 2.5e-6 for clip_g.
 
-    It joins the rate that was measured best on the small world to those that people use on full-size CLIPs.
+    A rule of thumb through two points: a rate that repairs the small world, and the 1e-6 to 1e-5 that people fine-tune
+    full-size CLIPs with.
     """
     return 1e-3 * (64 / text_width) ** 2
 

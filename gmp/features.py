@@ -58,11 +58,14 @@ def content_keys(root: Path, names: Sequence[str], cache: Path) -> Generator[Pro
     except (OSError, ValueError):
         known = {}
 
-    def key(name: str) -> tuple[str, str]:
+    def key(name: str) -> tuple[str | None, str]:
         path = root / name
-        info = path.stat()
-        stamp = f"{path.resolve()}|{info.st_size}|{info.st_mtime_ns}"
-        return stamp, known.get(stamp) or content_key(path)
+        try:
+            info = path.stat()
+            stamp = f"{path.resolve()}|{info.st_size}|{info.st_mtime_ns}"
+            return stamp, known.get(stamp) or content_key(path)
+        except OSError:  # it will not decode either, and is listed then
+            return None, hashlib.sha256(f"unreadable {name}".encode("utf-8", "surrogatepass")).hexdigest()
 
     found = []
     with ThreadPoolExecutor(8) as pool:
@@ -70,7 +73,7 @@ def content_keys(root: Path, names: Sequence[str], cache: Path) -> Generator[Pro
             found.append(pair)
             if len(found) % EVERY == 0 or len(found) == len(names):
                 yield _progress("hash pictures", len(found), len(names))
-    fresh = {stamp: digest for stamp, digest in found if stamp not in known}
+    fresh = {stamp: digest for stamp, digest in found if stamp and stamp not in known}
     if fresh:
         cache.mkdir(parents=True, exist_ok=True)
         write_json(known | fresh, memory)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -203,7 +204,10 @@ def write_safetensors(
 
 def write_json(value: Any, path: str | os.PathLike[str]) -> None:
     """Write a value as indented JSON, atomically; NaN and infinity are refused with ValueError."""
-    write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", path)
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        text = json.dumps(value, indent=2, allow_nan=False) + "\n"  # file names that are not UTF-8
+    write_text(text, path)
 
 
 def write_text(text: str, path: str | os.PathLike[str]) -> None:
@@ -237,7 +241,7 @@ def _atomic(path: str | os.PathLike[str], needed: int) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex[:12]}.part")
     try:
         yield temporary
-        os.replace(temporary, path)
+        _replace(temporary, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"no space left to write {path}: {needed:,} bytes are needed; free some and try again"
@@ -247,6 +251,16 @@ def _atomic(path: str | os.PathLike[str], needed: int) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # other systems cannot open a folder
         _sync_folder(path.parent)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """os.replace; Windows refuses while another thread reads the old file, which takes moments."""
+    for _ in range(20 if os.name == "nt" else 0):
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            time.sleep(0.1)
+    os.replace(temporary, path)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -8,15 +8,16 @@ not used.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .clip import CLIP, CLIPConfig, TextTower, load
 from .errors import InputError
-from .layouts import TowerFile
+from .layouts import Source, TowerFile
 
+UNRELATED = 0.2  # cosine of two projections below which one is not a fine-tune of the other
 START_LOGIT_SCALE = math.log(1 / 0.07)  # what CLIP's training starts with
 
 
@@ -39,6 +40,15 @@ class Joined:
     config: CLIPConfig
     report: tuple[Origin, ...]
     assumptions: tuple[str, ...]
+    sources: dict[str, Source]  # of "text", "vision" and, where there is one, "original"
+
+    def as_json(self) -> dict[str, object]:
+        """Every tensor's origin, and all that was decided, left unread or missing while the files were read."""
+        return {
+            "tensors": [asdict(origin) for origin in self.report],
+            "assumptions": self.assumptions,
+            "sources": {role: asdict(source) for role, source in self.sources.items()},
+        }
 
     def summary(self) -> list[dict[str, object]]:
         """The report without every tensor's name."""
@@ -59,9 +69,8 @@ def join(text: TowerFile, vision: TowerFile, original: TowerFile | None = None) 
     report = [Origin("text tower", len(state), text.source.path, "the encoder to repair", tuple(state))]
     width, embed_dim = text.config.width, vision.config.embed_dim
 
-    own = text.state.get("text_projection")
-    fault = None if own is None else _fault(own)
-    foreign = lent.get("text_projection")
+    own, foreign = text.state.get("text_projection"), lent.get("text_projection")
+    fault = None if own is None else _fault(own, foreign)
     if own is not None and fault is None:
         projection, source, reason = own, text.source.path, "its own"
     elif foreign is not None:
@@ -94,10 +103,23 @@ def join(text: TowerFile, vision: TowerFile, original: TowerFile | None = None) 
     reason = "what the text is aligned with"
     report.append(Origin("vision tower", len(vision.state), vision.source.path, reason, tuple(vision.state)))
     config = CLIPConfig(replace(text.config, embed_dim=embed_dim), vision.config)
-    assumptions = tuple(
-        f"{tower.source.path}: {sentence}" for tower in (text, vision) for sentence in tower.source.assumptions
-    )
-    return Joined(state, config, tuple(report), assumptions)
+    sources = {"text": text.source, "vision": vision.source} | ({"original": original.source} if original else {})
+    assumed = [f"{source.path}: {sentence}" for source in sources.values() for sentence in source.assumptions]
+    return Joined(state, config, tuple(report), tuple(dict.fromkeys(assumed)), sources)
+
+
+def unlike(one: TowerFile, other: TowerFile) -> str | None:
+    """Why two text towers cannot be compared state by state; None if they can."""
+    sizes = [
+        f"{what} {mine} against {theirs}"
+        for what, mine, theirs in (
+            ("width", one.config.width, other.config.width),
+            ("context length", one.config.context_length, other.config.context_length),
+            ("vocabulary", one.config.vocab_size, other.config.vocab_size),
+        )
+        if mine != theirs
+    ]
+    return f"{one.source.path} and the text tower of {other.source.path} differ: {', '.join(sizes)}" if sizes else None
 
 
 def text_tower(file: TowerFile, joined: Joined) -> TextTower:
@@ -109,10 +131,17 @@ def text_tower(file: TowerFile, joined: Joined) -> TextTower:
     return load(TextTower, replace(file.config, embed_dim=joined.config.text.embed_dim), state).requires_grad_(False)
 
 
-def _fault(projection: Tensor) -> str | None:
-    """Why a projection cannot be a trained one; None if it may be."""
+def _fault(projection: Tensor, foreign: Tensor | None = None) -> str | None:
+    """Why a projection cannot be a trained one, or not of this CLIP; None if it may be."""
+    if not projection.isfinite().all():
+        return "projection holds NaN or infinity"
     if not projection.any():
         return "projection is all zeros"
     if projection.shape[0] == projection.shape[1] and torch.equal(projection, torch.eye(len(projection))):
         return "projection is an identity"
+    if foreign is not None and foreign.shape == projection.shape:
+        # a fine-tune of it stays above 0.9, unrelated ones of this size are below 0.01
+        alike = torch.nn.functional.cosine_similarity(projection.flatten(), foreign.flatten(), dim=0).item()
+        if alike < UNRELATED:
+            return f"projection has nothing in common with the original's (cosine {alike:.2f})"
     return None

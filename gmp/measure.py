@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import READ_POINTS
 from .clip import ReadPoints, TextTower
+from .tokenizer import lengths
 
 RECALLS = (1, 5, 10)
 DRIFT_CAPTIONS = 256  # that drift is measured on: at the full context length, 77 rows each
@@ -72,7 +73,9 @@ def _ranks(queries: Tensor, items: Tensor, positives: Callable[[int, int], Tenso
     """0-based rank of each query's best positive among all items.
 
     A tie counts against the query if, and only if, the other item comes first, so that the result does not depend on
-    the order in which a sort happens to leave equal scores. A score that is not a number is the worst of all.
+    the order in which a sort happens to leave equal scores. (Scores of equal items may round differently where `chunk`
+    changes the shape of the matrix product: results are exact for a given chunk.) A score that is not a number is the
+    worst of all.
     """
     order = torch.arange(len(items), device=items.device)
     ranks = []
@@ -111,8 +114,7 @@ def text_features(tower: TextTower, ids: Tensor, batch: int = 256) -> Tensor:
     device = tower.positional_embedding.device
     features = []
     for chunk in ids.split(batch):
-        length = int(chunk.argmax(dim=-1).max()) + 1
-        features.append(tower(chunk[:, :length].to(device)).projected.float().cpu())
+        features.append(tower(chunk[:, : lengths(chunk).max()].to(device)).projected.float().cpu())
     return torch.cat(features)
 
 

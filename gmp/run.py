@@ -19,7 +19,7 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
+import sys
 import threading
 import time
 import traceback
@@ -40,7 +40,7 @@ from .errors import InputError
 from .features import content_keys, embed_pictures
 from .files import write_json
 from .geometric import fold_state
-from .join import Joined, join, text_tower
+from .join import Joined, join, text_tower, unlike
 from .layouts import TowerFile, write_clip, write_text
 from .measure import measure_tower
 from .plots import plot_losses
@@ -49,9 +49,12 @@ from .trainer import Pairs, Training, begin, held_out_loss, set_up, train
 
 log = logging.getLogger(__name__)
 
+_probing = threading.Lock()  # two who look at once must not take each other for the owner
+
 Event = dict[str, object]
 RESULT = "text_encoder.safetensors"
 BEST = "best_text_encoder.safetensors"
+HOUSEKEEPING = ("save_every", "keep")  # settings that change no result
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def status(folder: Path) -> Status:
     saved = checkpoint.list_checkpoints(folder / "checkpoints")
     step = saved[-1].step if saved else 0
     try:
-        with _lock(folder):
+        with _probing, _lock(folder, timeout=0.1):
             return Status("finished" if (folder / "result.json").exists() else "interrupted", step)
     except Timeout:
         return Status("running", step)
@@ -99,7 +102,7 @@ def describe_run(inputs: Inputs, keys: list[str], config: RepairConfig) -> dict[
     """Settings and identity of all inputs; two runs are the same if, and only if, these are equal."""
     captions = [(picture.path, key, picture.captions) for picture, key in zip(inputs.index.pictures, keys, strict=True)]
     return {
-        "config": config.to_json(),
+        "config": {name: value for name, value in config.to_json().items() if name not in HOUSEKEEPING},
         "text": _identity(inputs.text),
         "vision": _identity(inputs.vision),
         "original": inputs.original and _identity(inputs.original),
@@ -116,13 +119,20 @@ def run_id(description: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _check_folder(folder: Path, description: dict[str, object]) -> None:
-    """Raises InputError when the folder belongs to another run, naming what differs, or to something else."""
-    path = folder / "run.json"
-    if not path.exists():
+def _check_foreign(folder: Path) -> None:
+    """Raises InputError when the folder holds something that is no run."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; a run needs a folder")
+    if folder.exists() and not (folder / "run.json").exists():
         strangers = [p.name for p in folder.iterdir() if p.name not in ("lock", "failure.txt")]
         if strangers:
             raise InputError(f"{folder} is not empty and not a run's folder (it holds {strangers[:5]}); choose another")
+
+
+def _check_same(folder: Path, description: dict[str, object]) -> None:
+    """Raises InputError when the folder belongs to another run, naming what differs."""
+    path = folder / "run.json"
+    if not path.exists():
         return
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -157,6 +167,7 @@ def repair(
     Everything that can be known before training is checked first. A stopped run has saved its step. Raises InputError
     for inputs that do not work, for a folder of another run, and when another process is at work in the folder.
     """
+    _check_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with _lock(folder, timeout=1.0):  # longer than `status` holds it
@@ -165,6 +176,14 @@ def repair(
                 if event["type"] != "progress":
                     telemetry.append(folder, event)
                 yield event
+                if event["type"] == "progress" and stop():
+                    saved = checkpoint.list_checkpoints(folder / "checkpoints")
+                    step = saved[-1].step if saved else 0
+                    last = {"type": "stopped", "step": step, "steps": None, "run": str(folder), "t": event["t"]}
+                    if (folder / "run.json").exists():
+                        telemetry.append(folder, last)
+                    yield last
+                    return
     except Timeout:
         raise InputError(f"{folder} is being trained by another process; wait for it or stop it") from None
 
@@ -175,38 +194,33 @@ def _repair(
     names = [picture.path for picture in inputs.index.pictures]
     keys = yield from content_keys(inputs.index.root, names, cache)
     description = describe_run(inputs, keys, config)
-    _check_folder(folder, description)
+    _check_same(folder, description)
     if (folder / "result.json").exists() and (folder / RESULT).exists():
         yield {"type": "done", "run": str(folder), "resumed": True}
         return
     _check_size(len(names), config)
+    check_anchors(inputs.text, inputs.vision, inputs.original, config)
     joined = join(inputs.text, inputs.vision, inputs.original)
-    teachers = _teachers(inputs, joined, config, device)
     clip = joined.build().to(device)
     optimizer = set_up(clip, config, device)
 
     if not (folder / "run.json").exists():
         write_json(description | {"gmp_version": __version__}, folder / "run.json")
-    write_json({"tensors": [asdict(o) for o in joined.report], "assumptions": joined.assumptions}, folder / "join.json")
-    yield {"type": "join", "tensors": joined.summary(), "assumptions": joined.assumptions}
+    write_json(joined.as_json(), folder / "join.json")
+    difference = inputs.original and unlike(inputs.text, inputs.original)
+    notes = [f"drift is not measured: {difference}"] if difference else []
+    yield {"type": "join", "tensors": joined.summary(), "assumptions": joined.assumptions, "notes": notes}
 
-    events = _data(inputs, clip, keys, config, cache)
-    data = None
-    while data is None:
-        try:
-            event = next(events)
-        except StopIteration as end:
-            data = end.value
-        else:
-            yield event
-            if stop():
-                saved = checkpoint.list_checkpoints(folder / "checkpoints")
-                yield {"type": "stopped", "step": saved[-1].step if saved else 0, "steps": None, "run": str(folder)}
-                return
+    data = yield from _data(inputs, clip, keys, config, cache)
     write_json(data.report, folder / "dataset.json")
     yield {"type": "dataset"} | data.report
 
-    reference = teachers.get("original") or (inputs.original and text_tower(inputs.original, joined).to(device))
+    if config.train == "text":
+        clip.visual.cpu()  # its work is done
+    teachers = {name: tower.to(device) for name, tower in _teachers(inputs, joined, config).items()}
+    reference = teachers.get("original")
+    if inputs.original and not difference and not reference:
+        reference = text_tower(inputs.original, joined).to(device)
     training = begin(clip, optimizer, data.pairs.counts, config, device)
     scene = Scene(data.pairs, data.held, teachers, reference, _metadata(folder, joined))
     try:
@@ -232,22 +246,20 @@ def _held_out(pictures: int, config: RepairConfig) -> int:
     return min(max(2, round(config.held_out * pictures)), config.held_out_most, pictures // 2)
 
 
-def _teachers(inputs: Inputs, joined: Joined, config: RepairConfig, device: torch.device) -> dict[str, TextTower]:
-    wanted = {anchor.teacher for anchor in config.anchors}
-    if "original" in wanted and inputs.original is None:
-        raise InputError(
-            f"{inputs.vision.source.path} has no text tower to anchor to; give the full original CLIP as the vision "
-            "file, or set the anchors to none"
-        )
+def check_anchors(text: TowerFile, vision: TowerFile, original: TowerFile | None, config: RepairConfig) -> None:
+    """Raises InputError for an anchor to an original that is not there, or that has another shape."""
+    if not any(anchor.teacher == "original" for anchor in config.anchors):
+        return
+    advice = "give the full original CLIP as the vision file, or set the anchors to none"
+    if original is None:
+        raise InputError(f"{vision.source.path} has no text tower to anchor to; {advice}")
+    if difference := unlike(text, original):
+        raise InputError(f"The repair cannot be anchored: {difference}; {advice}")
+
+
+def _teachers(inputs: Inputs, joined: Joined, config: RepairConfig) -> dict[str, TextTower]:
     files = {"original": inputs.original, "broken": inputs.text}
-    towers = {name: text_tower(files[name], joined).to(device) for name in sorted(wanted)}
-    for name, tower in towers.items():
-        if tower.text_config.width != joined.config.text.width:
-            raise InputError(
-                f"the anchor's {name} text tower is {tower.text_config.width} wide, the encoder to repair "
-                f"{joined.config.text.width}"
-            )
-    return towers
+    return {name: text_tower(files[name], joined) for name in sorted({anchor.teacher for anchor in config.anchors})}
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -330,7 +342,7 @@ def _train(
     training: Training, scene: Scene, config: RepairConfig, folder: Path, device: torch.device, stop: Callable[[], bool]
 ) -> Iterator[Event]:
     clip = training.clip
-    best: dict[str, float] | None = None
+    best: dict[str, float] | None = None  # step 0: no step was better than the start
 
     def save() -> Event:
         state = training.state() | {"best": best}
@@ -351,7 +363,9 @@ def _train(
     else:
         telemetry.rewind(folder, -1)
         yield {"type": "start", "steps": training.total_steps, "device": str(device)}
-        yield from _measured(training, scene, config)
+        for values in _measured(training, scene, config):
+            best = {"step": 0, "loss": min(values["held_out"]["loss"], sys.float_info.max)}
+            yield values
 
     for event in train(training, scene.pairs, scene.teachers, config, device):
         yield event
@@ -360,7 +374,7 @@ def _train(
         end_of_epoch = training.step % training.sampler.batches_per_epoch == 0
         if end_of_epoch:
             for values in _measured(training, scene, config):
-                if values["held_out"]["loss"] < (best["loss"] if best else math.inf):
+                if values["held_out"]["loss"] < best["loss"]:
                     best = {"step": training.step, "loss": values["held_out"]["loss"]}
                     export(BEST)
                 yield values
@@ -384,7 +398,11 @@ def _train(
         "measurements": [event for event in events if event["type"] == "measure"],
     }
     write_json(result, folder / "result.json")
-    plot_losses(events, folder / "loss.png")
+    try:
+        plot_losses(events, folder / "loss.png")
+    except Exception as error:  # a picture must not decide over a run
+        log.exception("no loss picture for %s", folder.name)
+        yield {"type": "alarm", "alarm": "no_picture", "step": training.step, "advice": f"no loss picture: {error}"}
     yield {"type": "done", "run": str(folder), "resumed": False}
 
 

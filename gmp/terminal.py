@@ -6,13 +6,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from tqdm import tqdm
-
 Event = dict[str, object]
 
 
 def show(events: Iterator[Event], describe: Callable[[Event], str | None] = lambda event: None):
     """Progress bars on standard error for a generator of events; returns what the generator returns."""
+    from tqdm import tqdm
+
     bar, stage = None, None
     events = iter(events)
     try:
@@ -44,7 +44,8 @@ def tell(event: Event) -> str | None:
     kind = event["type"]
     if kind == "join":
         lines = [f"{o['name']}: {o['source']} ({o['reason']})" for o in event["tensors"]]
-        return "\n".join(lines + [f"assumed: {sentence}" for sentence in event["assumptions"]])
+        lines += [f"assumed: {sentence}" for sentence in event["assumptions"]]
+        return "\n".join(lines + event["notes"])
     if kind == "dataset":
         left_out = {k: event[k] for k in ("missing", "uncaptioned", "broken") if event[k]}
         counts = f"{event['training pictures']} pictures to train on, {event['held-out pictures']} held out"

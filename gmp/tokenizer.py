@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .clip import end_of_text
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -103,12 +104,8 @@ def has_special(caption: str) -> bool:
 
 
 def lengths(ids: torch.Tensor) -> torch.Tensor:
-    """Tokens up to and including the first end-of-text: (N, L) -> (N,).
-
-    End-of-text is the largest id of CLIP's vocabulary, so this is openai/CLIP's own rule (`argmax`, first one
-    wins) and holds for any padding.
-    """
-    return ids.argmax(dim=-1) + 1
+    """Tokens up to and including the first end-of-text, whatever the padding: (N, L) -> (N,)"""
+    return end_of_text(ids) + 1
 
 
 def vocabulary() -> dict[str, int]:
@@ -163,9 +160,9 @@ def _bpe() -> tokenizers.Tokenizer:
     return bpe
 
 
-def tokenizer_for(context_length: int, activation: str) -> Tokenizer:
-    """The tokenizer with the padding of a family: OpenAI's CLIPs pad with end-of-text, LAION's (GELU) with 0.
+def tokenizer_for(context_length: int, member: str | None) -> Tokenizer:
+    """The tokenizer with the padding that diffusion models use: end-of-text for clip_l, 0 for clip_g and clip_h.
 
     Padding moves nothing up to end-of-text, but SDXL reads the rows behind it too.
     """
-    return Tokenizer(context_length, END_ID if activation == "quick_gelu" else 0)
+    return Tokenizer(context_length, 0 if member in ("clip_g", "clip_h") else END_ID)

@@ -25,6 +25,7 @@ from .gradients import clip_gradients, gradient_norms
 from .losses import anchor, info_nce
 from .measure import text_features
 from .optim import parameter_groups, schedule, set_rates
+from .tokenizer import lengths
 
 SCALER_SKIPS = 3  # in a row, from which on they are an alarm in fp16: fewer are how a GradScaler finds its scale
 MOST_SKIPS = 25  # steps in a row with non-finite gradients, after which a run has diverged
@@ -212,32 +213,35 @@ def _contrastive(
 
     def texts(rows: slice) -> Tensor:
         chunk = ids[rows]
-        return clip(chunk[:, : int(chunk.argmax(dim=-1).max()) + 1]).projected.float()
+        return clip(chunk[:, : lengths(chunk).max()]).projected.float()
 
-    def images(rows: slice) -> Tensor:
+    def images(rows: slice, then: Tensor) -> Tensor:
         if pairs.features is not None:
             return pairs.features[pictures[rows]].to(device)
         pixels = pairs.pixels(pictures[rows].tolist())
-        following = pictures[rows.stop : rows.stop + config.batch]
-        pairs.pixels.ahead((following if len(following) else upcoming[: config.batch]).tolist())
+        pairs.pixels.ahead(then.tolist())
         return clip.encode_image(pixels.to(device)).float()
 
     chunks = [slice(start, start + config.batch) for start in range(0, len(ids), config.batch)]
+    later = [pictures[rows] for rows in chunks[1:]]
+    upcoming = upcoming[: config.batch]
     if len(chunks) == 1:
-        loss = info_nce(images(chunks[0]), texts(chunks[0]), clip.logit_scale, config.smoothing)
+        loss = info_nce(images(chunks[0], upcoming), texts(chunks[0]), clip.logit_scale, config.smoothing)
         scaler.scale(loss).backward()
         return loss.item()
     with torch.no_grad():
-        image_leaf = torch.cat([images(rows) for rows in chunks])
+        # pictures are decoded in both passes: a step's pixels may be more than memory holds
+        ahead = zip(chunks, [*later, pictures[chunks[0]]], strict=True)
+        image_leaf = torch.cat([images(rows, then) for rows, then in ahead])
         text_leaf = torch.cat([texts(rows) for rows in chunks])
     image_leaf.requires_grad_(pairs.features is None)
     text_leaf.requires_grad_(True)
     loss = info_nce(image_leaf, text_leaf, clip.logit_scale, config.smoothing)
     scaler.scale(loss).backward()
-    for rows in chunks:
+    for rows, then in zip(chunks, [*later, upcoming], strict=True):
         texts(rows).backward(text_leaf.grad[rows])
         if pairs.features is None:
-            images(rows).backward(image_leaf.grad[rows])
+            images(rows, then).backward(image_leaf.grad[rows])
     return loss.item()
 
 

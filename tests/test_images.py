@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from gmp.data import images
-from gmp.data.images import load_batches, load_picture, preprocess, preprocess_array, to_rgb
+from gmp.data.images import load_batches, load_picture, preprocess, to_rgb
 from gmp.errors import InputError
 
 # landscape, portrait, square, smaller than the target, one pixel off, every remainder of the crop's margin
@@ -144,41 +144,6 @@ def test_exif_orientation_is_applied(tmp_path, suffix):
     loaded = load_picture(tmp_path / f"a.{suffix}")
     assert loaded.size == (40, 20)
     assert np.abs(np.array(loaded).astype(int) - np.array(upright)).mean() < 3
-
-
-def test_array_equals_file():
-    image = picture(50, 40)
-    expected = preprocess(image, 32)
-    array = np.array(image)
-    host = torch.from_numpy(array.astype(np.float32) / 255.0)
-    assert torch.equal(preprocess_array(array, 32), expected)
-    assert torch.equal(preprocess_array(torch.from_numpy(array), 32), expected)
-    assert torch.equal(preprocess_array(host, 32), expected)
-    assert torch.equal(preprocess_array(host.double(), 32), expected)
-    assert torch.equal(preprocess_array(host * 3 - 1, 32), preprocess_array((host * 3 - 1).clamp(0, 1), 32))
-    between = (host * 255 + torch.tensor([0.4, -0.4, 0.4])) / 255  # resized pictures lie between levels: rounded
-    assert torch.equal(preprocess_array(between, 32), expected)
-    grey = picture(50, 40, "L")
-    assert torch.equal(preprocess_array(np.array(grey)[:, :, None], 32), preprocess(grey, 32))
-    clear = picture(50, 40, "RGBA")
-    assert torch.equal(preprocess_array(np.array(clear), 32), preprocess(clear, 32))
-
-
-@pytest.mark.parametrize(
-    "array",
-    [
-        np.zeros((1, 8, 8, 3), np.uint8),
-        np.zeros((3, 8, 8), np.uint8),
-        np.zeros((8, 8), np.uint8),
-        np.zeros((0, 8, 3), np.uint8),
-        np.zeros((8, 8, 3), np.int64),
-        np.full((8, 8, 3), np.nan, np.float32),
-    ],
-    ids=["batch", "channels first", "flat", "empty", "int64", "nan"],
-)
-def test_wrong_arrays(array):
-    with pytest.raises(InputError):
-        preprocess_array(array, 8)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from gmp import run as run_module
 from gmp import telemetry, trainer
 from gmp.clip import CLIP, VisionTower
 from gmp.config import Anchor, RepairConfig, default_lr
-from gmp.data.captions import read_index
+from gmp.data.captions import Picture, read_index
 from gmp.errors import InputError
 from gmp.features import content_keys, embed_pictures
 from gmp.geometric import fold
@@ -29,7 +30,7 @@ from gmp.join import join, text_tower
 from gmp.layouts import read_text, read_vision, write_text
 from gmp.measure import drift
 from gmp.run import BEST, RESULT, Worker, describe_run, repair, run_id, status
-from tests.small import PICTURES, SMALL, disturbed, small_clip, tokenize
+from tests.small import CONTEXT, PICTURES, SMALL, disturbed, small_clip, tokenize
 
 CPU = torch.device("cpu")
 COMMON = {"epochs": 2, "batch": 8, "lr": 1e-3, "held_out": 0.08, "save_every": 2}
@@ -590,18 +591,29 @@ def with_projection(inputs, projection):
 
 
 def test_a_projection_of_its_own_is_used(inputs):
-    own = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    own = inputs.original.state["text_projection"] + 0.05 * noise
     joined = join(with_projection(inputs, own), inputs.vision, inputs.original)
     assert torch.equal(joined.state["text_projection"], own)
     assert {o.name: o.reason for o in joined.report}["text_projection"] == "its own"
     join(with_projection(inputs, own), inputs.vision, None)
 
 
-@pytest.mark.parametrize(("projection", "word"), [(torch.zeros(32, 16), "zeros"), (torch.eye(32), "identity")])
-def test_zeros_and_an_identity_are_no_projections(inputs, projection, word):
+@pytest.mark.parametrize(
+    ("projection", "word"),
+    [
+        (torch.zeros(32, 16), "zeros"),
+        (torch.eye(32), "identity"),
+        (torch.full((32, 16), torch.nan), "NaN"),
+        (torch.randn(32, 16, generator=torch.Generator().manual_seed(0)), "nothing in common"),
+    ],
+)
+def test_what_is_no_projection_of_this_clip_is_not_used(inputs, projection, word):
     joined = join(with_projection(inputs, projection), inputs.vision, inputs.original)
     assert torch.equal(joined.state["text_projection"], inputs.original.state["text_projection"])
     assert word in {o.name: o.reason for o in joined.report}["text_projection"]
+    if word == "nothing in common":  # with nothing to compare with it may be right
+        return
     with pytest.raises(InputError, match=f"no usable text_projection .*{word}.* lends none; give the full original"):
         join(with_projection(inputs, projection), inputs.vision, None)
 
@@ -832,3 +844,75 @@ def test_a_stop_while_pictures_are_read_names_the_step_it_can_go_on_from(start, 
     assert step > 0 and (stopped["type"], stopped["step"]) == ("stopped", step)
     assert telemetry.read(folder)[-1]["type"] == "stopped"
     assert list(start(folder, CONFIGS[mode]))[-1]["type"] == "done"
+
+
+def with_context(inputs, length):
+    """The text encoder with another number of positions than the original's."""
+    state = inputs.text.state | {"positional_embedding": torch.randn(length, 32)}
+    config = dataclasses.replace(inputs.text.config, context_length=length)
+    return dataclasses.replace(inputs, text=dataclasses.replace(inputs.text, state=state, config=config))
+
+
+def test_an_original_of_another_shape_is_no_anchor_and_no_reference(start, inputs, tmp_path):
+    longer = with_context(inputs, CONTEXT + 8)
+    with pytest.raises(InputError, match=f"cannot be anchored: .* context length {CONTEXT + 8} against {CONTEXT}"):
+        list(start(tmp_path / "run", inputs=longer))
+    assert not (tmp_path / "run" / "run.json").exists()
+    events = list(start(tmp_path / "run", dataclasses.replace(TEXT, anchors=()), inputs=longer))
+    assert "drift is not measured" in of("join", events)[0]["notes"][0]
+    assert of("measure", events)[0]["drift"] == {} and events[-1]["type"] == "done"
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_fail_the_run(start, tmp_path, monkeypatch):
+    def no_matplotlib(*_):
+        raise ModuleNotFoundError("No module named 'matplotlib'")
+
+    monkeypatch.setattr(run_module, "plot_losses", no_matplotlib)
+    events = list(start(tmp_path / "run"))
+    assert events[-1]["type"] == "done" and "matplotlib" in of("alarm", events)[0]["advice"]
+
+
+def test_a_repair_that_only_made_it_worse_has_no_best(start, tmp_path):
+    list(start(tmp_path / "run", dataclasses.replace(TEXT, lr=0.9, schedule="constant", warmup=0.0)))
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["best"]["step"] == 0
+    assert not (tmp_path / "run" / BEST).exists() and (tmp_path / "run" / RESULT).exists()
+
+
+def test_housekeeping_is_not_part_of_a_runs_identity(start, tmp_path):
+    events = start(tmp_path / "run")
+    while next(events)["type"] != "checkpoint":
+        pass
+    events.close()
+    assert list(start(tmp_path / "run", dataclasses.replace(TEXT, keep=1, save_every=1)))[-1]["type"] == "done"
+
+
+def test_many_may_look_at_once(whole):
+    folder = whole["text"][0]
+    with ThreadPoolExecutor(8) as pool:
+        assert {str(seen) for seen in pool.map(lambda _: status(folder), range(200))} == {"finished"}
+
+
+def test_the_join_report_has_every_tensor_and_every_source(whole, inputs):
+    report = json.loads((whole["text"][0] / "join.json").read_text())
+    names = {name for row in report["tensors"] for name in row["names"]}
+    assert names == set(join(inputs.text, inputs.vision, inputs.original).state)
+    assert {role: len(source["sha256"]) for role, source in report["sources"].items()} == {
+        "text": 64, "vision": 64, "original": 64,
+    }  # fmt: skip
+
+
+def test_names_that_are_not_utf8_and_pictures_that_cannot_be_read(start, inputs, tmp_path):
+    folder = tmp_path / "pictures"
+    shutil.copytree(inputs.index.root, folder)
+    odd = os.fsdecode(b"caf\xe9.png")
+    try:
+        shutil.copy(inputs.index.paths[0], folder / odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    gone = inputs.index.pictures[3].path
+    pictures = (*inputs.index.pictures, Picture(odd, ("a cup",)))
+    index = dataclasses.replace(inputs.index, root=folder, pictures=pictures)
+    (folder / gone).unlink()
+    events = list(start(tmp_path / "run", inputs=dataclasses.replace(inputs, index=index), cache=tmp_path / "cache"))
+    assert [path for path, _ in of("dataset", events)[0]["broken"]] == [gone]
+    assert events[-1]["type"] == "done"

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -76,26 +75,6 @@ def preprocess(image: Image.Image, size: int) -> torch.Tensor:
     image = image.crop((left, top, left + size, top + size))
     pixels = np.asarray(image, dtype=np.float32) / np.float32(255)  # (S, S, 3)
     return torch.from_numpy(np.ascontiguousarray(((pixels - MEAN) / STD).transpose(2, 0, 1)))
-
-
-def preprocess_array(array: Any, size: int) -> torch.Tensor:
-    """A tensor or array (H, W, C), uint8 or float 0..1, C = 1, 3 or 4 -> (3, size, size) float32.
-
-    The host passes pictures around as float tensors. An 8-bit picture comes out exactly as from its file.
-    """
-    if isinstance(array, torch.Tensor):
-        array = array.detach().cpu()
-        array = (array.float() if array.is_floating_point() else array).numpy()
-    array = np.asarray(array)
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
-        raise InputError(f"A picture has shape {tuple(array.shape)}; expected (height, width, 1, 3 or 4 channels).")
-    if np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all():
-            raise InputError("A picture holds values that are not numbers (NaN or infinite); expected 0..1.")
-        array = np.rint(array.clip(0, 1) * 255).astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise InputError(f"A picture has values of type {array.dtype}; expected uint8 or float 0..1.")
-    return preprocess(Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array), size)
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,7 @@ class Source:
     missing: tuple[str, ...]  # canonical names that another CLIP has to lend
     unexpected: tuple[str, ...]  # tensors of the file that were not read
     notes: tuple[str, ...]  # sentences
+    metadata: dict[str, str] = field(default_factory=dict)  # what this program wrote into the file: `gmp_…`
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,10 @@ def _read(header: files.Header, part: Part, heads: int | None, activation: str |
     broken, state = [], {}
     for target, piece in part.pieces.items():
         tensors = {key: stored.pop(key).to(torch.float32) for key in piece.keys}
-        broken += [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+        if target not in canonical.LENT:  # a bad projection is not used; `join` says so
+            broken += [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+        if piece.transposed:
+            notes.append(f"{piece.keys[0]} is a Linear's weight and was transposed to {target}")
         state[target] = canonical.assemble(target, piece, tensors)
     if broken:
         raise InputError(
@@ -155,6 +159,7 @@ def _read(header: files.Header, part: Part, heads: int | None, activation: str |
         missing=part.missing,
         unexpected=part.unexpected,
         notes=tuple(notes),
+        metadata={name: value for name, value in header.metadata.items() if name.startswith("gmp_")},
     )
     return TowerFile(state, config, source)
 

@@ -15,7 +15,6 @@ from ..layouts import read_text, read_vision, write_clip, write_text
 ASSETS = Path(__file__).parent / "assets"
 ORIGINAL = "original.safetensors"
 RUINED = "ruined_text_encoder.safetensors"
-LEARNING_RATE = 1e-3  # that repairs a text tower of this width
 
 
 def save_original(clip: CLIP, folder: Path) -> None:

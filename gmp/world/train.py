@@ -23,7 +23,7 @@ from ..data.images import normalize
 from ..losses import info_nce
 from ..measure import retrieval, text_features
 from ..optim import parameter_groups, schedule, set_rates
-from ..tokenizer import Tokenizer
+from ..tokenizer import Tokenizer, lengths
 from .models import ASSETS, save_original
 from .scenes import IMAGE_SIZE, Scene, draw_scenes, render
 
@@ -72,7 +72,7 @@ def train(count: int, epochs: int, batch: int, lr: float, seed: int, log) -> CLI
     pixels, captions = draw(draw_scenes(count, seed, "train"))
     held_pixels, held_captions = draw(draw_scenes(1000, seed, "held_out"))
     ids, held_ids = tokenizer(captions).ids, tokenizer(held_captions).ids
-    length = int(ids.argmax(dim=-1).max()) + 1  # every caption of the world fits into this many tokens
+    length = lengths(ids).max()  # every caption of the world fits into this many tokens
     optimizer = torch.optim.AdamW(parameter_groups(clip, lr, {}, weight_decay=0.05), betas=(0.9, 0.98))
     total = epochs * (count // batch)
     warmup, round_at = total // 10, total * 2 // 3
