@@ -37,11 +37,12 @@ def set_up() -> None:
     if PYTHON.exists() and STAMP.exists() and STAMP.read_text() == wanted:
         return
     say(f"Setting up {VENV}: once, and a few minutes with a download of PyTorch")
-    venv.create(VENV, with_pip=True, clear=not PYTHON.exists())
-    for name in reversed(REQUIREMENTS):  # the development pins first, so that nothing pulls another torch
-        code = run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", name)
-        if code:
-            sys.exit(f"could not install {name}; see above. Delete {VENV} to start over")
+    try:
+        venv.create(VENV, with_pip=True, clear=not PYTHON.exists())
+    except subprocess.CalledProcessError:
+        sys.exit("this Python cannot make environments with pip; on Debian and Ubuntu: apt install python3-venv")
+    if run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", REQUIREMENTS[-1]):
+        sys.exit(f"could not install {REQUIREMENTS[-1]}; see above. Delete {VENV} to start over")
     STAMP.write_text(wanted)
 
 
@@ -76,7 +77,7 @@ def main() -> int:
         "lint": "ruff alone",
         "bench": "benchmarks, by name: quality",
     }.items():
-        commands.add_parser(name, help=text, add_help=name == "lint", prefix_chars="-")
+        commands.add_parser(name, help=text, add_help=False)
     options, rest = parser.parse_known_args()
     if sys.version_info < OLDEST:
         sys.exit(f"Python {OLDEST[0]}.{OLDEST[1]} or later is needed; this is {sys.version.split()[0]}")

@@ -24,6 +24,12 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("gmp"):
+            raise
+        print(f"error: this Python ({sys.executable}) has no {error.name}; take the one in .venv that", file=sys.stderr)
+        print("`python dev.py demo` makes, or install torch and what requirements.txt lists", file=sys.stderr)
+        return 2
     except OSError as error:
         print(f"error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""), file=sys.stderr)
         return 2
@@ -77,7 +83,8 @@ def _inspect(options: argparse.Namespace) -> object:
         for tower in answer["towers"]:
             sizes = ", ".join(f"{name} {size}" for name, size in tower["sizes"].items())
             stored = ", ".join(f"{count} {dtype}" for dtype, count in tower["dtypes"].items())
-            print(f"  {tower['tower']} {tower['member'] or ''}: {tower['layers']} layers, {sizes}; stored as {stored}")
+            name = tower["member"] or tower["tower"]
+            print(f"  {name}: {tower['layers']} layers, {sizes}; stored as {stored}")
             if tower["missing"]:
                 print(f"    lacks {', '.join(tower['missing'])}: the original CLIP lends them")
             for problem in tower["problems"]:
@@ -105,6 +112,7 @@ def _join(options: argparse.Namespace) -> object:
     from .join import join
     from .layouts import write_clip
 
+    _check_new(options)
     text, vision, original = _read_towers(options)
     joined = join(text, vision, original)
     if options.layout == "gmp":
@@ -130,11 +138,13 @@ def _join(options: argparse.Namespace) -> object:
 def _device(name: str | None):
     import torch
 
-    if name:
+    if name and name != "auto":
         try:
             return torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        except (RuntimeError, AssertionError, NotImplementedError):
+            there = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+            there += ["mps"] if torch.backends.mps.is_available() else []
+            raise InputError(f"device {name!r} cannot be used here; there is {', '.join(there)}, or auto") from None
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -147,6 +157,8 @@ def _repair(options: argparse.Namespace) -> object:
     from .run import BEST, RESULT, Inputs, repair
     from .tokenizer import tokenizer_for
 
+    if options.anchor and options.no_anchor:
+        raise InputError("--anchor and --no-anchor contradict each other; give one of them")
     anchors = tuple(Anchor.parse(a) for a in options.anchor or ()) or (SDXL_ANCHOR,)
     config = RepairConfig(
         train=options.train,
@@ -184,7 +196,8 @@ def _repair(options: argparse.Namespace) -> object:
         events = repair(inputs, config, options.out, cache=cache, device=_device(options.device), stop=stop)
         show(events, hear)
     if last["type"] == "stopped":
-        print(f"stopped at step {last['step']} of {last['steps'] or 'all'}; the same command goes on from there")
+        where = f"at step {last['step']} of {last['steps']}" if last["steps"] else "before training"
+        print(f"stopped {where}; the same command goes on from there")
     elif last["resumed"]:
         print(f"{options.out} is finished already")
     if (options.out / RESULT).exists():
@@ -195,6 +208,8 @@ def _repair(options: argparse.Namespace) -> object:
     if last["type"] != "done":
         return answer
     result = json.loads((options.out / "result.json").read_text(encoding="utf-8"))
+    if not result["measurements"]:
+        print("no pictures were held out, so nothing was measured")
     if result["best"] and result["best"]["step"] == 0:
         print("no step was better than the start on the held-out pictures: lower the learning rate")
     return answer | result
@@ -206,6 +221,14 @@ def _rate(text: str) -> tuple[str, float]:
         return pattern, float(factor)
     except ValueError:
         raise InputError(f"rate {text!r} is not of the form PATTERN=FACTOR, such as token_embedding*=0.1") from None
+
+
+def _check_new(options: argparse.Namespace) -> None:
+    """Raises InputError for an output file that exists, and for a name that is not safetensors."""
+    if options.out.suffix not in (".safetensors", ".sft"):
+        raise InputError(f"{options.out} will be a safetensors file; let its name end in .safetensors")
+    if options.out.exists() and not options.overwrite:
+        raise InputError(f"{options.out} exists; choose another name, or pass --overwrite")
 
 
 def _split_mlps(state: dict) -> None:
@@ -220,6 +243,7 @@ def _convert(options: argparse.Namespace) -> object:
     from .clip import CLIPConfig
     from .layouts import read_text, read_vision, write_clip, write_text
 
+    _check_new(options)
     geometric = options.layout == "gmp"
     text = read_text(options.file, options.member, options.heads, options.activation, fold=not geometric)
     state = dict(text.state)
@@ -393,7 +417,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = add("demo", _demo, "Repair the shipped ruined text encoder; no download.", "demo --out runs/demo")
     one.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for pictures and run (runs/demo)")
-    one.add_argument("--device", help="cpu, cuda, cuda:1, mps; the best one there is")
+    one.add_argument("--device", help="cpu, cuda, cuda:1, mps or auto, the best there is (auto)")
     return parser
 
 
@@ -425,14 +449,20 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         help='JSON {"sub/01.jpg": ["caption", …]}; without: .txt files beside',
     )
     parser.add_argument("--allow-missing", action="store_true", help="leave out pictures that are named but not there")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; the best one there is")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="for picture features; may be deleted at any time")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps or auto, the best there is (auto)")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="for picture features (~/.cache/gmp)")
 
 
 def _add_writing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--layout", choices=("huggingface", "openai", "gmp"), default="huggingface")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .safetensors file")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    parser.add_argument(
+        "--layout",
+        choices=("huggingface", "openai", "gmp"),
+        default="huggingface",
+        help="names of the tensors (huggingface, which ComfyUI and diffusers read); gmp has r and theta",
+    )
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the file (fp32)")
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -463,7 +493,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rate", action="append", metavar="PATTERN=FACTOR", help="factor on the rate of parameters by name; 0 freezes"
     )
-    parser.add_argument("--schedule", choices=SCHEDULES, default=default.schedule)
+    parser.add_argument(
+        "--schedule", choices=SCHEDULES, default=default.schedule, help=f"of the rate ({default.schedule})"
+    )
     parser.add_argument(
         "--anchor",
         action="append",
@@ -472,4 +504,6 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-anchor", action="store_true", help="contrastive loss alone: what SDXL reads stays broken")
     parser.add_argument("--plain", action="store_true", help="train plain weights, no r and theta")
-    parser.add_argument("--precision", choices=PRECISIONS, default=default.precision)
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default=default.precision, help="auto: bf16 or fp16 on a GPU, fp32 on a CPU"
+    )

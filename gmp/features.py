@@ -6,6 +6,7 @@ they belong to. Nothing in it is needed to continue a run: it can be deleted at 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -75,8 +76,9 @@ def content_keys(root: Path, names: Sequence[str], cache: Path) -> Generator[Pro
                 yield _progress("hash pictures", len(found), len(names))
     fresh = {stamp: digest for stamp, digest in found if stamp and stamp not in known}
     if fresh:
-        cache.mkdir(parents=True, exist_ok=True)
-        write_json(known | fresh, memory)
+        with contextlib.suppress(OSError):  # without it they are read once more the next time
+            cache.mkdir(parents=True, exist_ok=True)
+            write_json(known | fresh, memory)
     return [digest for _, digest in found]
 
 
@@ -140,7 +142,10 @@ def embed_pictures(
         whole = [key for key, path in zip(shard, paths, strict=True) if path not in broken]
         if whole:
             features = torch.cat(rows)
-            _write_shard(folder, whole, features)
+            try:
+                _write_shard(folder, whole, features)
+            except OSError as error:
+                yield {"type": "alarm", "alarm": "cache", "step": 0, "advice": f"features are not kept: {error}"}
             known.update(zip(whole, features, strict=True))
     found = {name: known[key] for name, key in zip(names, keys, strict=True) if key in known}
     reasons = {missing[key]: broken[root / missing[key]] for key in fresh if key not in known}

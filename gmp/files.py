@@ -246,9 +246,10 @@ def _atomic(path: str | os.PathLike[str], needed: int) -> Iterator[Path]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"no space left to write {path}: {needed:,} bytes are needed; free some and try again"
             raise OSError(error.errno, message) from error
-        raise
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}; choose another place") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     if os.name == "posix":  # other systems cannot open a folder
         _sync_folder(path.parent)
 

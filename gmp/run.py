@@ -126,7 +126,9 @@ def _check_foreign(folder: Path) -> None:
     if folder.exists() and not (folder / "run.json").exists():
         strangers = [p.name for p in folder.iterdir() if p.name not in ("lock", "failure.txt")]
         if strangers:
-            raise InputError(f"{folder} is not empty and not a run's folder (it holds {strangers[:5]}); choose another")
+            raise InputError(
+                f"{folder} is not empty and not a run's folder (it holds {', '.join(strangers[:5])}); choose another"
+            )
 
 
 def _check_same(folder: Path, description: dict[str, object]) -> None:
@@ -355,7 +357,12 @@ def _train(
 
     saved = checkpoint.list_checkpoints(folder / "checkpoints")
     if saved:
-        state = checkpoint.restore(saved[-1], clip, training.optimizer)
+        try:
+            state = checkpoint.restore(saved[-1], clip, training.optimizer)
+        except InputError as error:
+            older = f"go on from step {saved[-2].step}" if len(saved) > 1 else "start over"
+            files = saved[-1].path("*")
+            raise InputError(f"The newest checkpoint is damaged: {error}. Delete {files} to {older}") from None
         training.restore(state)
         best = state["best"]
         telemetry.rewind(folder, training.step)

@@ -47,9 +47,10 @@ def tell(event: Event) -> str | None:
         lines += [f"assumed: {sentence}" for sentence in event["assumptions"]]
         return "\n".join(lines + event["notes"])
     if kind == "dataset":
-        left_out = {k: event[k] for k in ("missing", "uncaptioned", "broken") if event[k]}
+        broken = [f"{path} ({reason})" for path, reason in event["broken"]]
+        left_out = {"not found": event["missing"], "without captions": event["uncaptioned"], "broken": broken}
         counts = f"{event['training pictures']} pictures to train on, {event['held-out pictures']} held out"
-        listed = "".join(f"\n{name}: {len(rows)}, such as {rows[:5]}" for name, rows in left_out.items())
+        listed = "".join(f"\n{name}: {len(rows)}: {', '.join(rows[:5])}" for name, rows in left_out.items() if rows)
         cut = event["captions cut to the context length"]
         return counts + listed + (f"\n{cut} captions are too long and were cut" if cut else "")
     if kind == "resume":

@@ -39,14 +39,22 @@ NOTHING = "(none found)"  # the one choice of a menu without files
 
 def model_files(first: str, second: str) -> list[str]:
     """Names for a menu: those of the first kind of model as they are, those of the second below the kind's name."""
-    names = folder_paths.get_filename_list(first)
-    names = names + [f"{second}/{name}" for name in folder_paths.get_filename_list(second)]
+    names = _files(first) + [f"{second}/{name}" for name in _files(second)]
     return names or [NOTHING]
+
+
+def _files(kind: str) -> list[str]:
+    try:
+        return folder_paths.get_filename_list(kind)
+    except FileNotFoundError:  # one of its folders was deleted while ComfyUI runs, which its cache does not expect
+        return []
 
 
 def model_path(name: str, first: str, second: str) -> Path:
     """The file of a name that `model_files` gave."""
     kind, rest = (second, name.removeprefix(f"{second}/")) if name.startswith(f"{second}/") else (first, name)
+    if name == NOTHING:
+        raise InputError(f"models/{first} and models/{second} hold no files; put one there and press R in the page.")
     path = folder_paths.get_full_path(kind, rest)
     if path is None:
         raise InputError(
@@ -73,11 +81,11 @@ def input_files(suffix: str) -> list[str]:
 
 def input_path(name: str) -> Path:
     """A path below the input folder. Raises InputError for one outside of it."""
-    root = folder_paths.get_input_directory()
-    path = os.path.abspath(os.path.join(root, name))
-    if os.path.commonpath((os.path.realpath(root), os.path.realpath(path))) != os.path.realpath(root):
+    root = Path(os.path.abspath(folder_paths.get_input_directory()))
+    path = Path(os.path.abspath(root / name))  # a folder that is linked into the input folder is in it
+    if not path.is_relative_to(root):
         raise InputError(f"{name} lies outside of ComfyUI's input folder; choose a folder in it.")
-    return Path(path)
+    return path
 
 
 def runs_folder() -> Path:
@@ -96,6 +104,17 @@ def save_path(prefix: str) -> tuple[Path, str]:
     while (path := Path(folder) / f"{name}_{counter:05}_.safetensors").exists():
         counter += 1
     return path, (Path(subfolder) / path.name).as_posix()
+
+
+def without_folders(text: str) -> str:
+    """A message for everyone: the host's folders are taken out of the paths in it."""
+    roots = {folder_paths.base_path, folder_paths.get_output_directory(), folder_paths.get_input_directory()}
+    roots |= {folder_paths.get_temp_directory(), folder_paths.get_user_directory(), str(Path(__file__).parents[1])}
+    roots |= {folder for folders, _ in folder_paths.folder_names_and_paths.values() for folder in folders}
+    roots |= {str(Path(root).resolve()) for root in roots} | {str(Path.home())}
+    for root in sorted(roots, key=len, reverse=True):
+        text = text.replace(root.rstrip("/\\") + os.sep, "")
+    return text
 
 
 def workflow_metadata(prompt: object, extra: dict[str, object] | None) -> dict[str, str]:

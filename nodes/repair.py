@@ -8,9 +8,8 @@ from comfy_api.latest import io
 
 from ..gmp.config import PRECISIONS, TRAIN, Anchor, RepairConfig
 from ..gmp.data.captions import Index
-from ..gmp.errors import InputError
 from ..gmp.features import content_keys
-from ..gmp.run import Inputs, describe_run, repair, run_id
+from ..gmp.run import Inputs, check_anchors, describe_run, repair, run_id
 from ..gmp.trainer import precision_of
 from . import host, routes, runs
 from .sockets import CATEGORY, ClipParts, Dataset, ReassembledCLIP, Run, RunHandle
@@ -169,6 +168,17 @@ class Repair(io.ComfyNode):
                     advanced=True,
                     tooltip="How many checkpoints are kept: three times the encoder's size each.",
                 ),
+                io.Float.Input(
+                    "broken_weight",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Holds the encoder to what it is now, broken, at the same place: keeps what the fine-tune "
+                    "taught the diffusion model to read. 0 is off.",
+                ),
             ],
             outputs=[
                 Run.Output(
@@ -211,7 +221,9 @@ class Repair(io.ComfyNode):
         held_out: float = 0.05,
         save_every: int = 200,
         keep: int = 3,
+        broken_weight: float = 0.0,
     ) -> io.NodeOutput:
+        weights = {"original": anchor_weight, "broken": broken_weight}
         config = RepairConfig(
             train=train,
             epochs=epochs,
@@ -220,7 +232,7 @@ class Repair(io.ComfyNode):
             lr=lr or None,
             smoothing=smoothing,
             warmup=warmup,
-            anchors=(Anchor("original", TARGETS[target], anchor_weight),) if anchor_weight else (),
+            anchors=tuple(Anchor(teacher, TARGETS[target], weight) for teacher, weight in weights.items() if weight),
             precision=precision,
             held_out=held_out,
             save_every=save_every,
@@ -230,11 +242,7 @@ class Repair(io.ComfyNode):
         text = gmp_clip.text
         device = host.device()
         precision_of(precision, device)
-        if config.anchors and gmp_clip.original is None:
-            raise InputError(
-                f"{gmp_clip.vision.source.path} has no text tower to anchor to; load the full original CLIP as the "
-                "vision tower, or set anchor_weight to 0"
-            )
+        check_anchors(text, gmp_clip.vision, gmp_clip.original, config)
         tokenize = host.tokenizer(text.source.member, text.config.context_length)
         inputs = Inputs(text, gmp_clip.vision, gmp_clip.original, dataset, tokenize)
         cache = host.cache_folder()

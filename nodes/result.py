@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,7 +99,10 @@ class RepairedTextEncoder(io.ComfyNode):
             encoder = _read(run, which, step)
         runs.taken(run.id, cls.hidden.unique_id)
         if encoder is None:
-            words = f"The run {run.id} has no {which} step yet: {runs.status_of(run.id)}. Queue again later, or wait."
+            state = runs.status_of(run.id)
+            words = f"The run {run.id} has no {which} step yet: {state}. Queue again later, or wait."
+            if state.state == "finished":
+                words = f"No step of the run {run.id} was better than its start; take the latest one."
             routes.show_text(cls, words)
             return io.NodeOutput(None, block_execution=words)
         return routes.with_text(cls, f"{encoder.source.path} of run {run.id}, {runs.status_of(run.id)}", encoder)
@@ -186,7 +190,9 @@ class SaveTextEncoder(io.ComfyNode):
     @classmethod
     def execute(cls, text_encoder: TowerFile, filename_prefix: str, dtype: str, layout: str) -> io.NodeOutput:
         path, name = host.save_path(filename_prefix)
-        metadata = host.workflow_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
+        source = text_encoder.source
+        metadata = source.metadata | host.workflow_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
+        metadata["gmp_source"] = json.dumps({"file": source.path, "sha256": source.sha256, "notes": source.notes})
         write_text(
             text_encoder.state,
             path,

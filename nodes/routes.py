@@ -50,13 +50,15 @@ def viewer(node: type[io.ComfyNode]) -> tuple[str, str | None]:
 
 
 def small(event: dict[str, object]) -> dict[str, object]:
-    """The plain values of an event. Numbers that JSON does not have become null."""
+    """The plain values of an event, without folders. Numbers that JSON does not have become null."""
     plain = {name: value for name, value in event.items() if value is None or isinstance(value, (str, int, float))}
-    return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in plain.items()}
+    shown = {name: host.without_folders(value) if isinstance(value, str) else value for name, value in plain.items()}
+    return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in shown.items()}
 
 
 def _publish(run: str, event: dict[str, object], text: str, viewers: set[tuple[str, str | None]]) -> None:
     """Called in the training thread; `send_sync` is made for that. The server may be shutting down."""
+    text = host.without_folders(text)
     try:
         PromptServer.instance.send_sync("gmp.run", small(event) | {"run": run, "text": text})
         for node, client in viewers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from ..gmp.errors import InputError
 from ..gmp.run import BEST, RESULT, Event, Status, Worker, status
 from . import host
 from .sockets import RunHandle
+
+log = logging.getLogger(__name__)
 
 Viewer = tuple[str, str | None]  # node id, client id
 EVERY = 0.2  # seconds between two step events that are sent out
@@ -79,7 +82,9 @@ def attach(handle: RunHandle, events: Callable[[Callable[[], bool]], Iterator[Ev
             host.raise_if_interrupted()
         if known is not None and known.error is not None and not known.alive:
             del _workers[handle.id]
-            raise InputError(f"The run {handle.id} failed: {known.error} Queue again to retry.")
+            raise InputError(
+                f"The run {handle.id} failed: {known.error} Queue again to go on from its last checkpoint."
+            )
         _viewers.setdefault(handle.id, set()).add(viewer)
         if known is not None and known.alive:
             return known
@@ -91,6 +96,11 @@ def attach(handle: RunHandle, events: Callable[[Callable[[], bool]], Iterator[Ev
         _workers[handle.id] = fresh
         fresh.start()
         return fresh
+
+
+def _failure(worker: Worker) -> InputError:
+    reason = str(worker.error).rstrip(".")
+    return InputError(f"The run {worker.folder.name} failed: {reason}. Queue again to retry; what was saved is kept.")
 
 
 def wait(handle: RunHandle, show: Callable[[Event], None]) -> None:
@@ -112,7 +122,7 @@ def wait(handle: RunHandle, show: Callable[[Event], None]) -> None:
         raise
     if mine.error is not None:
         _workers.pop(handle.id, None)
-        raise InputError(f"The run {handle.id} failed: {mine.error} Queue again to retry.")
+        raise _failure(mine)
 
 
 def show_progress(event: Event, progress: host.Progress) -> None:
@@ -168,9 +178,15 @@ def summary(folder: Path) -> str:
     ]
     points = [point for point in ("penultimate", "last", "pooled") if point in before["drift"]]
     if points:
-        kept = [f"{p} {before['drift'][p]['cosine']:.2f} → {after['drift'][p]['cosine']:.2f}" for p in points]
+        cosines = {point: [one["drift"][point]["cosine"] for one in (before, after)] for point in points}
+        kept = [f"{point} {' → '.join(_two_digits(c) for c in pair)}" for point, pair in cosines.items()]
         lines.append(f"· cosine to the original: {', '.join(kept)}")
     return "\n".join(lines)
+
+
+def _two_digits(value: float | None) -> str:
+    """None stands for a number that JSON does not have."""
+    return "not a number" if value is None else f"{value:.2f}"
 
 
 class _Announcer:
@@ -189,6 +205,8 @@ class _Announcer:
         if often and time.monotonic() - self._last < EVERY and event.get("step", 0) != event.get("steps"):
             return
         self._last = time.monotonic()
+        if event["type"] in ("start", "resume", "measure", "alarm", "stopped", "done", "failed"):
+            log.info("text encoder repair, run %s: %s", self._handle.id, tell(event))
         if event["type"] == "done":
             self._text = summary(self._handle.folder)
         elif event["type"] == "measure":

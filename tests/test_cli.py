@@ -59,7 +59,7 @@ def test_inspect_reads_headers_only_and_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "text clip_l: 4 layers" in done.stdout and "lacks text_projection, logit_scale" in done.stdout
+    assert "clip_l: 4 layers" in done.stdout and "lacks text_projection, logit_scale" in done.stdout
 
 
 def test_inspect_says_all_problems_at_once(tmp_path):
@@ -77,6 +77,17 @@ def test_join_and_convert_round_trip(tmp_path):
     header = read_header(tmp_path / "te.safetensors")
     assert header.tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape == (128, 64)
     assert json.loads(header.metadata["gmp_source"])["file"] == "gmp.safetensors"
+
+
+def test_files_are_not_overwritten_unasked(tmp_path):
+    convert = ("convert", ASSETS / RUINED, "--out", tmp_path / "te.safetensors")
+    gmp(*convert)
+    before = (tmp_path / "te.safetensors").read_bytes()
+    assert "exists; choose another name, or pass --overwrite" in complaint(*convert, "--dtype", "fp16")
+    assert (tmp_path / "te.safetensors").read_bytes() == before
+    gmp(*convert, "--dtype", "fp16", "--overwrite")
+    assert len((tmp_path / "te.safetensors").read_bytes()) < len(before)
+    assert "end in .safetensors" in complaint(*convert[:-1], tmp_path / "te.pt")
 
 
 def test_a_repair_that_is_stopped_goes_on_with_the_same_command(world, tmp_path):
@@ -121,6 +132,8 @@ def test_bad_input_is_met_with_one_sentence(world, tmp_path):
     both = complaint("repair", *TOWERS, *pictures, *run, "--epochs", 0, "--smoothing", 3)
     assert "epochs is 0" in both and "smoothing is 3.0" in both
     assert "not of the form" in complaint("repair", *TOWERS, *pictures, *run, "--anchor", "penultimate")
+    assert "contradict" in complaint("repair", *TOWERS, *pictures, *run, "--anchor", "pooled=1", "--no-anchor")
+    assert "there is cpu" in complaint("repair", *TOWERS, *pictures, *run, "--device", "nonsense")
     assert "match no parameter" in complaint("repair", *TOWERS, *pictures, *run, "--rate", "nothing*=0", "--batch", 50)
 
 

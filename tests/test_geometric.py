@@ -170,7 +170,7 @@ def test_low_precision_weights_survive(dtype):
 
 
 def test_splitting_is_not_done_in_half_precision():
-    """An earlier implementation split in the weight's own dtype; in fp16 that moves every weight by 1e-4."""
+    """Split in the weight's own dtype, as the original scripts do, fp16 moves every weight by 1e-4."""
     weight = linear(64, 768).weight.detach().half()
     norm = weight.norm(dim=1, keepdim=True)
     assert relative(norm * (weight / norm), weight) > 1e-5

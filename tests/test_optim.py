@@ -38,7 +38,7 @@ def test_schedules_are_factors(name, total, warmup):
 
 
 def test_cosine_ends_near_zero():
-    """An earlier scheduler was given twice the steps that were taken and never came down."""
+    """Given twice the steps that are taken, as in the original scripts, a schedule never comes down."""
     values = whole("cosine", 1000, 100)
     assert values[-1] < 1e-5
     assert values[550] == pytest.approx(0.5, abs=1e-12)
@@ -57,7 +57,7 @@ def test_an_unknown_schedule_is_refused():
 
 
 def test_rates_of_groups_keep_their_ratio_over_a_whole_run(clip):
-    """An earlier scheduler took one maximum for all groups and overwrote their rates with it."""
+    """OneCycleLR with one maximum, as in the original scripts, overwrites the rates of all groups."""
     rates = {"*.r": 3.0, "*.theta": 0.5, "token_embedding.weight": 0.1}
     optimizer = torch.optim.AdamW(parameter_groups(clip, 1e-3, rates, 0.01))
     expected = {**dict.fromkeys(n for n, _ in clip.named_parameters())}

@@ -916,3 +916,27 @@ def test_names_that_are_not_utf8_and_pictures_that_cannot_be_read(start, inputs,
     events = list(start(tmp_path / "run", inputs=dataclasses.replace(inputs, index=index), cache=tmp_path / "cache"))
     assert [path for path, _ in of("dataset", events)[0]["broken"]] == [gone]
     assert events[-1]["type"] == "done"
+
+
+def test_a_damaged_newest_checkpoint_says_what_to_delete(start, tmp_path):
+    folder = tmp_path / "run"
+    events = start(folder, dataclasses.replace(TEXT, save_every=1))
+    for _ in range(3):
+        while next(events)["type"] != "checkpoint":
+            pass
+    events.close()
+    model = sorted((folder / "checkpoints").glob("*.model.safetensors"))[-1]
+    model.write_bytes(model.read_bytes()[:-10])
+    with pytest.raises(
+        InputError, match=r"newest checkpoint is damaged.*Delete .*step_00000003\.\* to go on from step 2"
+    ):
+        list(start(folder))
+    for path in (folder / "checkpoints").glob("step_00000003.*"):
+        path.unlink()
+    assert of("resume", events := list(start(folder)))[0]["step"] == 2 and events[-1]["type"] == "done"
+
+
+def test_a_cache_that_cannot_be_written_does_not_stop_a_run(start, tmp_path):
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    events = list(start(tmp_path / "run", cache=tmp_path / "cache"))
+    assert "features are not kept" in of("alarm", events)[0]["advice"] and events[-1]["type"] == "done"

@@ -315,7 +315,8 @@ def _build(root: Path, found: dict[str, list[str]], missing: Sequence[str], orph
     if not pictures:
         raise InputError(
             f"None of the {len(found)} pictures in {root} has a caption{_some(uncaptioned)}. Put a text file "
-            "of the same name beside each picture (0001.jpg, 0001.txt), or give a JSON file of captions."
+            "of the same name beside each picture (0001.jpg, 0001.txt), or give a JSON file of captions"
+            + (f"; {', '.join(listings)} may be one." if (listings := _json_files(root)) else ".")
         )
     carriers = Counter(caption for picture in pictures for caption in picture.captions)
     report = CaptionReport(
@@ -327,6 +328,10 @@ def _build(root: Path, found: dict[str, list[str]], missing: Sequence[str], orph
         shared=sum(count > 1 for count in carriers.values()),
     )
     return Index(root, tuple(pictures), report)
+
+
+def _json_files(root: Path) -> list[str]:
+    return sorted(path.name for path in root.glob("*.json"))[:_SHOWN]
 
 
 def _fault(path: Path) -> str:

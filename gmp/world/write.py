@@ -20,8 +20,10 @@ def write_world(out: Path, count: int, seed: int, split: str = "train") -> Gener
     What is there already from the same call is kept, so that it can be repeated and continued. Raises InputError when
     `out` holds something else.
     """
-    if count < 1 or split not in SPLITS:
-        raise InputError(f"cannot draw {count} scenes of split {split!r}: at least 1, of {' or '.join(SPLITS)}")
+    if split not in SPLITS:
+        raise InputError(f"there is no split {split!r}; take {' or '.join(SPLITS)}")
+    if count < 1:
+        raise InputError(f"cannot draw {count} pictures; at least 1")
     mark = out / "world.json"
     recipe = {"world": 1, "count": count, "seed": seed, "split": split}
     if out.exists() and not out.is_dir():
@@ -32,7 +34,8 @@ def write_world(out: Path, count: int, seed: int, split: str = "train") -> Gener
         except ValueError:
             raise InputError(f"{mark} is damaged; delete the folder, or choose another") from None
         if known != recipe:
-            raise InputError(f"{out} holds another world ({known}); this one is {recipe}; choose another folder")
+            told = ", ".join(f"{name} {value}" for name, value in known.items())
+            raise InputError(f"{out} holds another world ({told}); choose another folder")
     elif out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty; choose an empty folder, or one that does not exist")
     out.mkdir(parents=True, exist_ok=True)

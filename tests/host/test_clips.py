@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from gmp.clip import TextTower, text_config_from
 from gmp.tokenizer import END_ID, Tokenizer
 from tests.host.graphs import node
 
@@ -50,6 +51,12 @@ def test_sdxl_keeps_its_clip_g(host):
     assert torch.equal(seen["before"]["pooled"], seen["after"]["pooled"])
     same(seen["again"], seen["other"])
     assert after.isfinite().all()  # clip_l's uninitialised projection is not touched
+    config = text_config_from(seen["other"], heads=2, activation="quick_gelu")
+    tower = TextTower(config)
+    tower.load_state_dict(seen["other"] | {"text_projection": torch.eye(32)})
+    with torch.no_grad():
+        penultimate = tower(Tokenizer()([TEXT]).ids).penultimate
+    torch.testing.assert_close(after[..., :32], penultimate, atol=1e-4, rtol=1e-4)
 
 
 def test_sdxl_takes_a_clip_g_with_its_projection(host):

@@ -103,7 +103,10 @@ def test_the_saved_file_is_the_repaired_encoder(host, repaired):
         assert torch.equal(saved.state[name], tensor), name
     with open(host.output / "clip" / "repaired_00001_.safetensors", "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    assert json.loads(header["__metadata__"]["prompt"])["GmPRepair"]["class_type"] == "GmPRepair"
+    metadata = header["__metadata__"]
+    assert json.loads(metadata["prompt"])["GmPRepair"]["class_type"] == "GmPRepair"
+    assert json.loads(metadata["gmp_run"])["config"]["epochs"] >= 1
+    assert json.loads(metadata["gmp_source"])["sha256"] == result.source.sha256
 
 
 def test_progress_goes_to_the_page(repaired):
@@ -191,6 +194,26 @@ def test_a_failed_run_tells_why_and_can_be_tried_again(host, nodes):
     assert result.failed == "GmPRepair" and "4096" in result.error, (result.error, result.status)
     again = host.run(prompt)
     assert again.failed == "GmPRepair" and again.error == result.error
+
+
+def test_errors_that_are_told_to_everyone_name_no_folders(host, nodes):
+    prompt = only(waiting(nodes, 51), "GmPRepairedTextEncoder", "GmPSaveTextEncoder")
+    prompt["GmPRepair"]["inputs"]["batch"] = 4096
+    prompt["GmPRepair"]["inputs"]["wait"] = prompt["GmPRepairedTextEncoder"]["inputs"]["wait"] = False
+    known = set(host.runs())
+    host.run(prompt)
+    run = (set(host.runs()) - known).pop()
+
+    def failure(word: str) -> str | None:
+        event = host.get(f"/gmp/runs/{run}")["event"]
+        return event["error"] if event and word in event.get("error", "") else None
+
+    host.until(lambda: failure("4096"))
+    (host.output / "gmp_runs" / run / "notes.doc").write_text("not a run's file")
+    host.run(prompt)  # tells the first failure
+    host.run(prompt)  # starts again
+    told = host.until(lambda: failure("notes.doc"))
+    assert str(host.base) not in told and "gmp_runs" in told
 
 
 def test_latest_best_and_single_steps_can_be_taken(host, nodes, repaired):
