@@ -28,7 +28,13 @@ def say(text: str) -> None:
 
 def run(*command: str | Path) -> int:
     say("$ " + " ".join(map(str, command)))
-    return subprocess.run([str(part) for part in command], cwd=ROOT).returncode
+    # threads that wait leave their core to others: on a busy machine torch is half as slow with it
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+    return subprocess.run([str(part) for part in command], cwd=ROOT, env=environment).returncode
+
+
+def has_pip() -> bool:
+    return PYTHON.exists() and not subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True).returncode
 
 
 def set_up() -> None:
@@ -37,10 +43,11 @@ def set_up() -> None:
     if PYTHON.exists() and STAMP.exists() and STAMP.read_text() == wanted:
         return
     say(f"Setting up {VENV}: once, and a few minutes with a download of PyTorch")
-    try:
-        venv.create(VENV, with_pip=True, clear=not PYTHON.exists())
-    except subprocess.CalledProcessError:
-        sys.exit("this Python cannot make environments with pip; on Debian and Ubuntu: apt install python3-venv")
+    if not has_pip():  # none yet, or the making of it was interrupted
+        try:
+            venv.create(VENV, with_pip=True, clear=True, symlinks=os.name != "nt")
+        except subprocess.CalledProcessError:
+            sys.exit("this Python cannot make environments with pip; on Debian and Ubuntu: apt install python3-venv")
     if run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", REQUIREMENTS[-1]):
         sys.exit(f"could not install {REQUIREMENTS[-1]}; see above. Delete {VENV} to start over")
     STAMP.write_text(wanted)

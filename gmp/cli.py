@@ -19,6 +19,9 @@ from .terminal import Event, Stop, show, tell
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a pipe on Windows has no arrows
+            stream.reconfigure(errors="replace")
     try:
         answer = options.command(options)
     except InputError as error:
