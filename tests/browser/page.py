@@ -35,6 +35,7 @@ def main(port: str, workflow: str, canvas: str, pictures: str) -> None:
         page.wait_for_timeout(2000)
         page.keyboard.press("Escape")
         page.evaluate(SETTING, ["Comfy.TutorialCompleted", True])
+        page.evaluate(SETTING, ["Comfy.Minimap.Visible", False])
         page.evaluate(SETTING, ["Comfy.VueNodes.Enabled", canvas == "nodes2"])
         page.wait_for_timeout(500)
         page.evaluate("graph => window.app.loadGraphData(graph)", graph)
