@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
+import itertools
 import zlib
+from collections.abc import Callable
 
 import torch
 
@@ -41,3 +44,14 @@ def disturbed(clip: CLIP, amount: float = 0.05, seed: int = 7) -> CLIP:
             if not name.startswith("visual.") and name != "logit_scale":
                 parameter += amount * torch.randn(parameter.shape, generator=generator)
     return clip
+
+
+def full_disk(call: int) -> Callable[[int], None]:
+    """An `os.fsync` for a disk that is full from the given call on."""
+    calls = itertools.count(1)
+
+    def fsync(descriptor: int) -> None:
+        if next(calls) >= call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    return fsync

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 
@@ -13,7 +12,7 @@ from gmp import checkpoint
 from gmp.errors import InputError
 from gmp.geometric import is_mlp, to_geometric
 from gmp.optim import parameter_groups
-from tests.small import CONTEXT, SMALL, VOCAB, small_clip
+from tests.small import CONTEXT, SMALL, VOCAB, full_disk, small_clip
 
 
 def make(train_vision=True, seed=0):
@@ -121,15 +120,8 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, monkeypatch, call):
     to_geometric(kept)
     kept.load_state_dict(one.state_dict())
     step(one, optimizer, 1)
-    calls = []
-
-    def full(descriptor):
-        calls.append(descriptor)
-        if len(calls) >= call:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        patch.setattr(os, "fsync", full_disk(call))
         with pytest.raises(OSError, match="no space left to write .*step_00000002"):
             save(tmp_path, 2, one, optimizer, keep=1)
     assert not [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import gc
 import json
 import os
@@ -30,7 +29,7 @@ from gmp.join import join, text_tower
 from gmp.layouts import read_text, read_vision, write_text
 from gmp.measure import drift
 from gmp.run import BEST, RESULT, Worker, describe_run, repair, run_id, status
-from tests.small import CONTEXT, PICTURES, SMALL, disturbed, small_clip, tokenize
+from tests.small import CONTEXT, PICTURES, SMALL, disturbed, full_disk, small_clip, tokenize
 
 CPU = torch.device("cpu")
 COMMON = {"epochs": 2, "batch": 8, "lr": 1e-3, "held_out": 0.08, "save_every": 2}
@@ -256,17 +255,11 @@ def test_killed_before_the_first_step(start, whole, tmp_path, kill):
 @pytest.mark.parametrize("call", [1, 2, 3, 5])
 def test_a_full_disk_while_saving(start, whole, tmp_path, monkeypatch, call):
     """At the end of the first epoch: in the best encoder, the weights, the moments, the state."""
-    folder, calls = tmp_path / "run", []
+    folder = tmp_path / "run"
     events = start(folder)
     until(events, 3)
-
-    def full(descriptor):
-        calls.append(descriptor)
-        if len(calls) >= call:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        patch.setattr(os, "fsync", full_disk(call))
         with pytest.raises(OSError, match="no space left to write .*bytes are needed"):
             list(events)
     assert status(folder) == run_module.Status("interrupted", 2)
