@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from gmp.data.captions import read_index  # noqa: E402
 from gmp.demo import CONFIG, PICTURES, measure_encoders, table  # noqa: E402
+from gmp.events import finish  # noqa: E402
 from gmp.layouts import read_text, read_vision  # noqa: E402
 from gmp.run import RESULT, Inputs, repair  # noqa: E402
 from gmp.tokenizer import Tokenizer  # noqa: E402
@@ -31,15 +32,6 @@ CONTENDERS = {
     "no anchor": replace(CONFIG, anchors=()),
     "plain weights": replace(CONFIG, geometric=False),
 }
-
-
-def finish(events):
-    """Runs a generator to its end and returns what it returns."""
-    while True:
-        try:
-            next(events)
-        except StopIteration as end:
-            return end.value
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .errors import InputError
-from .terminal import Event, Stop, show, tell
+from .events import Event
+from .terminal import Stop, show, tell
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -285,10 +286,9 @@ def _measure(options: argparse.Namespace) -> object:
 
 
 def _measured(options: argparse.Namespace) -> Generator[Event, None, Event]:
-    import torch
 
     from .data.captions import read_index
-    from .features import content_keys, default_cache, embed_pictures
+    from .features import default_cache, embed_index
     from .join import join, text_tower, unlike
     from .measure import measure_tower
     from .tokenizer import tokenizer_for
@@ -298,12 +298,8 @@ def _measured(options: argparse.Namespace) -> Generator[Event, None, Event]:
     joined = join(text, vision, original)
     device, cache = _device(options.device), options.cache or default_cache()
     clip = joined.build().to(device)
-    names = [picture.path for picture in index.pictures]
-    keys = yield from content_keys(index.root, names, cache)
-    features, broken = yield from embed_pictures(clip.visual, index.root, names, keys, cache)
-    index = index.without(broken)
+    index, pictures, broken = yield from embed_index(clip.visual, index, cache)
     tokens = tokenizer_for(text.config.context_length, text.source.member)(index.captions())
-    pictures = torch.stack([features[picture.path] for picture in index.pictures])
     difference = original and unlike(text, original)
     reference = text_tower(original, joined).to(device) if original and not difference else None
     return measure_tower(clip, pictures, tokens.ids, index.owners(), reference) | {

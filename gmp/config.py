@@ -78,6 +78,10 @@ class RepairConfig:
     def step_pairs(self) -> int:
         return self.batch * self.accumulate
 
+    def rate(self, text_width: int) -> float:
+        """The learning rate of this repair, before schedule and factors."""
+        return self.lr or default_lr(text_width)
+
     def to_json(self) -> dict[str, object]:
         return {"version": VERSION} | json.loads(json.dumps(asdict(self)))
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from .config import RepairConfig
-from .data.captions import read_index
-from .features import content_keys, embed_pictures
+from .data.captions import first_captions, read_index
+from .features import embed_index
 from .join import join, text_tower
 from .layouts import TowerFile, read_text, read_vision
 from .measure import measure_tower, text_features
@@ -65,14 +65,10 @@ def measure_encoders(
     captions = yield from write_world(held_out, HELD_OUT, seed=2, split="held_out")
     index = read_index(held_out, captions)
     joined = join(original, vision, original)
-    names = [picture.path for picture in index.pictures]
-    keys = yield from content_keys(index.root, names, out / "cache")
-    visual = joined.build().visual.to(device)
-    features, _ = yield from embed_pictures(visual, index.root, names, keys, out / "cache")
-    pictures = torch.stack([features[name] for name in names])
+    index, pictures, _ = yield from embed_index(joined.build().visual.to(device), index, out / "cache")
     ids = Tokenizer()(index.captions()).ids
     reference = text_tower(original, joined).to(device)
-    first = torch.tensor((0, *index.caption_counts[:-1])).cumsum(0)[:SHOWN]
+    first = first_captions(index.caption_counts)[:SHOWN]
     figures, found = {}, {}
     for name, file in encoders.items():
         tower = text_tower(file, joined).to(device)

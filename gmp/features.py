@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .clip import VisionTower
-from .data.captions import content_key
+from .data.captions import Index, content_key
 from .data.images import PREPROCESSING, load_batches
 from .errors import InputError
 from .files import read_header, read_tensors, write_json, write_safetensors
@@ -150,3 +150,14 @@ def embed_pictures(
     found = {name: known[key] for name, key in zip(names, keys, strict=True) if key in known}
     reasons = {missing[key]: broken[root / missing[key]] for key in fresh if key not in known}
     return found, {name: reasons[missing[key]] for name, key in zip(names, keys, strict=True) if key not in known}
+
+
+def embed_index(
+    tower: VisionTower, index: Index, cache: Path
+) -> Generator[Progress, None, tuple[Index, Tensor, dict[str, str]]]:
+    """The pictures that decode, their features (pictures, embed_dim), and the reasons of those that do not."""
+    names = [picture.path for picture in index.pictures]
+    keys = yield from content_keys(index.root, names, cache)
+    found, broken = yield from embed_pictures(tower, index.root, names, keys, cache)
+    index = index.without(broken)
+    return index, torch.stack([found[picture.path] for picture in index.pictures]), broken

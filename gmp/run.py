@@ -34,9 +34,10 @@ from torch import Tensor
 from . import __version__, checkpoint, telemetry
 from .clip import CLIP, TextTower
 from .config import RepairConfig
-from .data.captions import Index, check_pictures, split
+from .data.captions import Index, check_pictures, first_captions, split
 from .data.images import PicturesAhead, load_batches
 from .errors import InputError
+from .events import Event
 from .features import content_keys, embed_pictures
 from .files import write_json
 from .geometric import fold_state
@@ -51,7 +52,6 @@ log = logging.getLogger(__name__)
 
 _probing = threading.Lock()  # two who look at once must not take each other for the owner
 
-Event = dict[str, object]
 RESULT = "text_encoder.safetensors"
 BEST = "best_text_encoder.safetensors"
 HOUSEKEEPING = ("save_every", "keep")  # settings that change no result
@@ -85,12 +85,22 @@ def _lock(folder: Path, timeout: float = 0.0) -> FileLock:
     return FileLock(folder / "lock", timeout=timeout, thread_local=False)
 
 
+def is_done(folder: Path) -> bool:
+    """Whether a run has its result: there is nothing to go on with."""
+    return (folder / "result.json").exists() and (folder / RESULT).exists()
+
+
+def _saved_step(folder: Path) -> int:
+    """The step that a run can go on from."""
+    saved = checkpoint.list_checkpoints(folder / "checkpoints")
+    return saved[-1].step if saved else 0
+
+
 def status(folder: Path) -> Status:
     """Computed from the folder and the lock's owner, never stored: a crashed run does not look alive."""
     if not (folder / "run.json").exists():
         return Status("empty", 0)
-    saved = checkpoint.list_checkpoints(folder / "checkpoints")
-    step = saved[-1].step if saved else 0
+    step = _saved_step(folder)
     try:
         with _probing, _lock(folder, timeout=0.1):
             return Status("finished" if (folder / "result.json").exists() else "interrupted", step)
@@ -179,9 +189,13 @@ def repair(
                     telemetry.append(folder, event)
                 yield event
                 if event["type"] == "progress" and stop():
-                    saved = checkpoint.list_checkpoints(folder / "checkpoints")
-                    step = saved[-1].step if saved else 0
-                    last = {"type": "stopped", "step": step, "steps": None, "run": str(folder), "t": event["t"]}
+                    last = {
+                        "type": "stopped",
+                        "step": _saved_step(folder),
+                        "steps": None,
+                        "run": str(folder),
+                        "t": event["t"],
+                    }
                     if (folder / "run.json").exists():
                         telemetry.append(folder, last)
                     yield last
@@ -197,7 +211,7 @@ def _repair(
     keys = yield from content_keys(inputs.index.root, names, cache)
     description = describe_run(inputs, keys, config)
     _check_same(folder, description)
-    if (folder / "result.json").exists() and (folder / RESULT).exists():
+    if is_done(folder):
         yield {"type": "done", "run": str(folder), "resumed": True}
         return
     _check_size(len(names), config)
@@ -419,7 +433,7 @@ def _measured(training: Training, scene: Scene, config: RepairConfig) -> Iterato
     if not len(held.index):
         return
     features = held.image_features(training.clip)
-    first = torch.tensor((0, *held.index.caption_counts[:-1])).cumsum(0)
+    first = first_captions(held.index.caption_counts)
     losses = held_out_loss(training.clip, features, held.ids[first], scene.teachers, config)
     values = measure_tower(training.clip, features, held.ids, held.index.owners(), scene.reference)
     yield {"type": "measure", "step": training.step, "held_out": losses} | values

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-Event = dict[str, object]
+from .events import Event, finish
 
 
 def show(events: Iterator[Event], describe: Callable[[Event], str | None] = lambda event: None):
@@ -14,26 +14,25 @@ def show(events: Iterator[Event], describe: Callable[[Event], str | None] = lamb
     from tqdm import tqdm
 
     bar, stage = None, None
-    events = iter(events)
+
+    def hear(event: Event) -> None:
+        nonlocal bar, stage
+        if event["type"] in ("progress", "step"):
+            name = event.get("stage", "train")
+            total = event["total"] if name != "train" else event["steps"]
+            done = event["done"] if name != "train" else event["step"]
+            if stage != name:
+                if bar is not None:
+                    bar.close()
+                bar, stage = tqdm(total=total, desc=name, file=sys.stderr, mininterval=0.5), name
+            bar.update(done - bar.n)
+            if name == "train":
+                bar.set_postfix_str(f"loss {event['loss']:.3f}", refresh=False)
+        if line := describe(event):
+            tqdm.write(line, file=sys.stderr)
+
     try:
-        while True:
-            try:
-                event = next(events)
-            except StopIteration as end:
-                return end.value
-            if event["type"] in ("progress", "step"):
-                name = event.get("stage", "train")
-                total = event["total"] if name != "train" else event["steps"]
-                done = event["done"] if name != "train" else event["step"]
-                if stage != name:
-                    if bar is not None:
-                        bar.close()
-                    bar, stage = tqdm(total=total, desc=name, file=sys.stderr, mininterval=0.5), name
-                bar.update(done - bar.n)
-                if name == "train":
-                    bar.set_postfix_str(f"loss {event['loss']:.3f}", refresh=False)
-            if line := describe(event):
-                tqdm.write(line, file=sys.stderr)
+        return finish(events, hear)
     finally:
         if bar is not None:
             bar.close()

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .clip import CLIP, MAX_LOGIT_SCALE, TextTower
-from .config import Anchor, RepairConfig, default_lr
+from .config import Anchor, RepairConfig
+from .data.captions import first_captions
 from .data.images import PicturesAhead
 from .data.sampler import Sampler
 from .errors import InputError
@@ -41,7 +42,7 @@ class Pairs:
     pixels: PicturesAhead | None  # where the vision tower is trained
 
     def first(self) -> Tensor:
-        return torch.tensor((0, *self.counts[:-1])).cumsum(0)
+        return torch.tensor(first_captions(self.counts))
 
 
 @dataclass
@@ -102,7 +103,7 @@ def set_up(clip: CLIP, config: RepairConfig, device: torch.device) -> torch.opti
         clip.cpu()  # split in fp64, which some devices lack
         to_geometric(clip, lambda name: is_mlp(name) and (config.train == "both" or not name.startswith("visual.")))
     clip.to(device)
-    lr = config.lr or default_lr(clip.text_config.width)
+    lr = config.rate(clip.text_config.width)
     try:
         groups = parameter_groups(clip, lr, config.rates, config.weight_decay)
     except ValueError as error:
@@ -180,7 +181,7 @@ def train(
             "epoch": epoch + 1,
             "loss": sum(losses.values()),
             "losses": losses,
-            "lr": (config.lr or default_lr(clip.text_config.width)) * factor,
+            "lr": config.rate(clip.text_config.width) * factor,
             "logit_scale": clip.logit_scale.item(),
             "grad_norm": norms.total,
             "grad_norms": norms.layers,

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..gmp.config import PRECISIONS, TRAIN, Anchor, RepairConfig
 from ..gmp.data.captions import Index
+from ..gmp.events import Event, finish
 from ..gmp.features import content_keys
 from ..gmp.run import Inputs, check_anchors, describe_run, repair, run_id
 from ..gmp.trainer import precision_of
@@ -268,11 +269,9 @@ class Repair(io.ComfyNode):
 def _keys(dataset: Index, cache: Path, progress: host.Progress) -> list[str]:
     """The hash of every picture; quick for those that have been hashed before."""
     names = [picture.path for picture in dataset.pictures]
-    steps = content_keys(dataset.root, names, cache)
-    while True:
-        try:
-            event = next(steps)
-        except StopIteration as end:
-            return end.value
+
+    def show(event: Event) -> None:
         progress.show(event["done"], event["total"])
         host.raise_if_interrupted()
+
+    return finish(content_keys(dataset.root, names, cache), show)

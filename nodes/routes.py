@@ -104,8 +104,8 @@ async def _stop(request: web.Request) -> web.Response:
     if request.content_type != "application/json":  # other pages may post text/plain without being asked
         raise web.HTTPUnsupportedMediaType(text="send application/json")
     run = _known(request)
-    worker = runs.worker(run)
-    if worker is None or not worker.alive:
+    worker = runs.at_work(run)
+    if worker is None:
         raise web.HTTPConflict(text="this run is not running")
     worker.stop()
     return web.json_response(_state(run))

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..gmp.errors import InputError
-from ..gmp.run import BEST, RESULT, Event, Status, Worker, status
+from ..gmp.events import Event
+from ..gmp.run import BEST, RESULT, Status, Worker, is_done, status
 from . import host
 from .sockets import RunHandle
 
@@ -36,11 +37,16 @@ def worker(run: str) -> Worker | None:
     return _workers.get(run)
 
 
+def at_work(run: str) -> Worker | None:
+    """The run's thread, if it is training now."""
+    mine = _workers.get(run)
+    return mine if mine is not None and mine.alive else None
+
+
 def status_of(run: str) -> Status:
     """As the engine's `status`; a run of this process is not asked for its lock."""
     folder = host.runs_folder() / run
-    mine = _workers.get(run)
-    if mine is not None and mine.alive:
+    if mine := at_work(run):
         step = mine.latest.get("step", 0)
         return Status("running", step if isinstance(step, int) else 0)
     return status(folder)
@@ -49,8 +55,7 @@ def status_of(run: str) -> Status:
 def stamp(run: str) -> str:
     """Changes whenever another result of the run can be had, or the run should be started again."""
     folder = host.runs_folder() / run
-    mine = _workers.get(run)
-    alive = mine is not None and mine.alive
+    alive = at_work(run) is not None
     saved = sorted((folder / "checkpoints").glob("*.state.json"))
     marks = [folder / name for name in (BEST, RESULT, "result.json", "failure.txt")]
     marks += [] if alive else [folder / "events.jsonl"]
@@ -82,13 +87,11 @@ def attach(handle: RunHandle, events: Callable[[Callable[[], bool]], Iterator[Ev
             host.raise_if_interrupted()
         if known is not None and known.error is not None and not known.alive:
             del _workers[handle.id]
-            raise InputError(
-                f"The run {handle.id} failed: {known.error} Queue again to go on from its last checkpoint."
-            )
+            raise _failure(known)
         _viewers.setdefault(handle.id, set()).add(viewer)
         if known is not None and known.alive:
             return known
-        if (handle.folder / "result.json").exists() and (handle.folder / RESULT).exists():
+        if is_done(handle.folder):
             return None
         handle.folder.mkdir(parents=True, exist_ok=True)
         (handle.folder / "failure.txt").unlink(missing_ok=True)

@@ -14,21 +14,13 @@ from PIL import Image
 from gmp.data import captions
 from gmp.data.captions import Index, Picture, check_pictures, content_key, read_index, split
 from gmp.errors import InputError
+from gmp.events import finish
 
 
 def pictures(root, *names):
     for i, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (i, 2 * i, 3 * i)).save(root / name)
-
-
-def finish(events, hear=lambda event: None):
-    """Runs a generator to its end and returns what it returns."""
-    while True:
-        try:
-            hear(next(events))
-        except StopIteration as end:
-            return end.value
 
 
 def write(path, content):

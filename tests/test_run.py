@@ -23,6 +23,7 @@ from gmp.clip import CLIP, VisionTower
 from gmp.config import Anchor, RepairConfig, default_lr
 from gmp.data.captions import Picture, read_index
 from gmp.errors import InputError
+from gmp.events import finish as drain
 from gmp.features import content_keys, embed_pictures
 from gmp.geometric import fold
 from gmp.join import join, text_tower
@@ -448,12 +449,7 @@ def embed(pictures, cache, tower, names=None, batch=64):
         keys = yield from content_keys(pictures, names, cache)
         return (yield from embed_pictures(tower, pictures, names, keys, cache, batch=batch))
 
-    steps = both()
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
+    return drain(both())
 
 
 def test_a_second_run_embeds_nothing(start, tmp_path, embedded):

@@ -12,6 +12,7 @@ from PIL import Image
 from gmp.config import RepairConfig
 from gmp.data.captions import read_index
 from gmp.errors import InputError
+from gmp.events import finish
 from gmp.files import read_header
 from gmp.join import join, text_tower
 from gmp.layouts import read_text, read_vision
@@ -110,13 +111,9 @@ def test_few_scenes_are_narrow():
 
 
 def write(folder, count=7, seed=0, split="train"):
-    steps = write_world(folder, count, seed, split)
     events = []
-    while True:
-        try:
-            events.append(next(steps))
-        except StopIteration as end:
-            return events, end.value
+    result = finish(write_world(folder, count, seed, split), events.append)
+    return events, result
 
 
 def digests(folder):

@@ -15,6 +15,7 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -99,6 +100,11 @@ class Index:
             raise InputError(f"None of the {len(self)} pictures in {self.root} can be read:{shown}")
         report = replace(self.report, broken=self.report.broken + tuple(broken.items()))
         return replace(self, pictures=tuple(p for p in self.pictures if p.path not in broken), report=report)
+
+
+def first_captions(counts: Sequence[int]) -> list[int]:
+    """The position of each picture's first caption, in the order of `Index.captions`."""
+    return list(accumulate(counts, initial=0))[:-1]
 
 
 def read_index(images: Path | str, captions: Path | str | None = None, missing_ok: bool = False) -> Index:
