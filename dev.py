@@ -19,6 +19,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "installed.sha256"
 REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
+PEERS = "requirements-peers.txt"  # libraries to test against; their own requirements would move torch
 OLDEST = (3, 10)
 
 
@@ -39,7 +40,7 @@ def has_pip() -> bool:
 
 def set_up() -> None:
     """Makes the environment, or leaves it as it is when the requirements have not changed."""
-    wanted = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in REQUIREMENTS)).hexdigest()
+    wanted = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in (*REQUIREMENTS, PEERS))).hexdigest()
     if PYTHON.exists() and STAMP.exists() and STAMP.read_text() == wanted:
         return
     say(f"Setting up {VENV}: once, and a few minutes with a download of PyTorch")
@@ -48,8 +49,9 @@ def set_up() -> None:
             venv.create(VENV, with_pip=True, clear=True, symlinks=os.name != "nt")
         except subprocess.CalledProcessError:
             sys.exit("this Python cannot make environments with pip; on Debian and Ubuntu: apt install python3-venv")
-    if run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", REQUIREMENTS[-1]):
-        sys.exit(f"could not install {REQUIREMENTS[-1]}; see above. Delete {VENV} to start over")
+    for what in (("-r", REQUIREMENTS[-1]), ("--no-deps", "-r", PEERS)):
+        if run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what):
+            sys.exit(f"could not install {what[-1]}; see above. Delete {VENV} to start over")
     STAMP.write_text(wanted)
 
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Generator
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 
+from .commands import files, training, world
 from .errors import InputError
-from .events import Event
-from .terminal import Stop, show, tell
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,302 +43,6 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-# ---- commands -------------------------------------------------------------------------------------------------------
-
-
-def _inspect(options: argparse.Namespace) -> object:
-    from .files import read_header
-    from .layouts import describe
-
-    answers, problems = [], []
-    for path in options.files:
-        try:
-            header = read_header(path)
-        except InputError as error:
-            problems.append(str(error))
-            continue
-        contents = describe(header)
-        towers = [*contents.text.values(), *([contents.vision] if contents.vision else [])]
-        answer = {
-            "file": str(path),
-            "kind": contents.kind,
-            "layout": contents.layout,
-            "tensors": len(header.tensors),
-            "towers": [
-                {
-                    "tower": part.place.tower,
-                    "member": part.member,
-                    "layout": part.layout,
-                    "layers": part.layers,
-                    "sizes": part.sizes,
-                    "parameters": part.parameters,
-                    "dtypes": part.dtypes,
-                    "missing": part.missing,
-                    "problems": part.problems,
-                }
-                for part in towers
-            ],
-            "problems": contents.problems,
-        }
-        answers.append(answer)
-        print(f"{path}: {contents.kind}" + (f", {contents.layout}" if contents.layout else ""))
-        for tower in answer["towers"]:
-            sizes = ", ".join(f"{name} {size}" for name, size in tower["sizes"].items())
-            stored = ", ".join(f"{count} {dtype}" for dtype, count in tower["dtypes"].items())
-            name = tower["member"] or tower["tower"]
-            print(f"  {name}: {tower['layers']} layers, {sizes}; stored as {stored}")
-            if tower["missing"]:
-                print(f"    lacks {', '.join(tower['missing'])}: the original CLIP lends them")
-            for problem in tower["problems"]:
-                print(f"    {problem}")
-        for problem in contents.problems:
-            print(f"  {problem}")
-    if problems:
-        raise InputError("; ".join(problems))
-    return answers
-
-
-def _read_towers(options: argparse.Namespace):
-    """text tower, vision tower, and the vision file's own text tower where it has one."""
-    from .files import read_header
-    from .layouts import describe, read_text, read_vision
-
-    text = read_text(options.text, options.member, options.heads, options.activation)
-    vision = read_vision(options.vision, options.vision_heads, options.activation)
-    whole = describe(read_header(options.vision)).text
-    original = read_text(options.vision, None, options.heads, options.activation) if whole else None
-    return text, vision, original
-
-
-def _join(options: argparse.Namespace) -> object:
-    from .join import join
-    from .layouts import write_clip
-
-    _check_new(options)
-    text, vision, original = _read_towers(options)
-    joined = join(text, vision, original)
-    if options.layout == "gmp":
-        _split_mlps(joined.state)
-    hashes = {role: source.sha256 for role, source in joined.sources.items()}
-    metadata = {"gmp_sources": json.dumps({"sha256": hashes, "tensors": joined.summary()})}
-    write_clip(
-        joined.state,
-        options.out,
-        layout=options.layout,
-        dtype=options.dtype,
-        config=joined.config,
-        metadata=metadata,
-    )
-    for origin in joined.report:
-        print(f"{origin.name}: {origin.tensors} tensors from {origin.source} ({origin.reason})")
-    for sentence in joined.assumptions:
-        print(f"assumed: {sentence}")
-    print(f"written: {options.out}")
-    return {"out": str(options.out), "tensors": joined.summary(), "assumptions": joined.assumptions}
-
-
-def _device(name: str | None):
-    import torch
-
-    if name and name != "auto":
-        try:
-            return torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError, NotImplementedError):
-            there = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
-            there += ["mps"] if torch.backends.mps.is_available() else []
-            raise InputError(f"device {name!r} cannot be used here; there is {', '.join(there)}, or auto") from None
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def _repair(options: argparse.Namespace) -> object:
-    from .config import SDXL_ANCHOR, Anchor, RepairConfig
-    from .data.captions import read_index
-    from .features import default_cache
-    from .run import BEST, RESULT, Inputs, repair
-    from .tokenizer import tokenizer_for
-
-    if options.anchor and options.no_anchor:
-        raise InputError("--anchor and --no-anchor contradict each other; give one of them")
-    anchors = tuple(Anchor.parse(a) for a in options.anchor or ()) or (SDXL_ANCHOR,)
-    config = RepairConfig(
-        train=options.train,
-        epochs=options.epochs,
-        batch=options.batch,
-        accumulate=options.accumulate,
-        lr=options.lr,
-        rates=dict(_rate(text) for text in options.rate or ()),
-        weight_decay=options.weight_decay,
-        schedule=options.schedule,
-        warmup=options.warmup,
-        smoothing=options.smoothing,
-        clip_norm=options.clip_norm,
-        geometric=not options.plain,
-        anchors=() if options.no_anchor else anchors,
-        anchor_captions=options.anchor_captions,
-        precision=options.precision,
-        held_out=options.held_out,
-        save_every=options.save_every,
-        keep=options.keep,
-        seed=options.seed,
-    )
-    index = read_index(options.images, options.captions, options.allow_missing)
-    text, vision, original = _read_towers(options)
-    tokenize = tokenizer_for(text.config.context_length, text.source.member)
-    inputs = Inputs(text, vision, original, index, tokenize)
-    last: Event = {}
-
-    def hear(event: Event) -> str | None:
-        last.update(event)
-        return tell(event)
-
-    with Stop() as stop:
-        cache = options.cache or default_cache()
-        events = repair(inputs, config, options.out, cache=cache, device=_device(options.device), stop=stop)
-        show(events, hear)
-    if last["type"] == "stopped":
-        where = f"at step {last['step']} of {last['steps']}" if last["steps"] else "before training"
-        print(f"stopped {where}; the same command goes on from there")
-    elif last["resumed"]:
-        print(f"{options.out} is finished already")
-    if (options.out / RESULT).exists():
-        print(f"text encoder: {options.out / RESULT}")
-    there = {name: options.out / file for name, file in (("text_encoder", RESULT), ("best_text_encoder", BEST))}
-    answer = {"run": str(options.out), "state": last["type"]}
-    answer |= {name: str(path) if path.exists() else None for name, path in there.items()}
-    if last["type"] != "done":
-        return answer
-    result = json.loads((options.out / "result.json").read_text(encoding="utf-8"))
-    if not result["measurements"]:
-        print("no pictures were held out, so nothing was measured")
-    if result["best"] and result["best"]["step"] == 0:
-        print("no step was better than the start on the held-out pictures: lower the learning rate")
-    return answer | result
-
-
-def _rate(text: str) -> tuple[str, float]:
-    pattern, _, factor = text.rpartition("=")
-    try:
-        return pattern, float(factor)
-    except ValueError:
-        raise InputError(f"rate {text!r} is not of the form PATTERN=FACTOR, such as token_embedding*=0.1") from None
-
-
-def _check_new(options: argparse.Namespace) -> None:
-    """Raises InputError for an output file that exists, and for a name that is not safetensors."""
-    if options.out.suffix not in (".safetensors", ".sft"):
-        raise InputError(f"{options.out} will be a safetensors file; let its name end in .safetensors")
-    if options.out.exists() and not options.overwrite:
-        raise InputError(f"{options.out} exists; choose another name, or pass --overwrite")
-
-
-def _split_mlps(state: dict) -> None:
-    """Turns the MLPs of a canonical state dict into r and theta, in place."""
-    from .geometric import is_mlp, split
-
-    for stem in [n.removesuffix(".weight") for n in state if n.endswith(".weight") and is_mlp(n[: -len(".weight")])]:
-        state[f"{stem}.r"], state[f"{stem}.theta"] = split(state.pop(f"{stem}.weight"))
-
-
-def _convert(options: argparse.Namespace) -> object:
-    from .clip import CLIPConfig
-    from .layouts import read_text, read_vision, write_clip, write_text
-
-    _check_new(options)
-    geometric = options.layout == "gmp"
-    text = read_text(options.file, options.member, options.heads, options.activation, fold=not geometric)
-    state = dict(text.state)
-    if options.whole:
-        vision = read_vision(options.file, options.vision_heads, options.activation, fold=not geometric)
-        state |= vision.state
-    if geometric:
-        _split_mlps(state)
-    sources = {"gmp_source": json.dumps({"file": text.source.path, "sha256": text.source.sha256})}
-    if options.whole:
-        config = CLIPConfig(text.config, vision.config)
-        write_clip(state, options.out, layout=options.layout, dtype=options.dtype, config=config, metadata=sources)
-    else:
-        write_text(state, options.out, layout=options.layout, dtype=options.dtype, config=text.config, metadata=sources)
-    for sentence in (*text.source.assumptions, *text.source.notes):
-        print(sentence)
-    print(f"written: {options.out}")
-    return {"out": str(options.out), "source": asdict(text.source)}
-
-
-def _measure(options: argparse.Namespace) -> object:
-    answer = show(_measured(options))
-    for direction in ("text_to_image", "image_to_text"):
-        recalls = ", ".join(f"recall@{k} {answer[f'recall_at_{k}_{direction}']:.3f}" for k in (1, 5, 10))
-        print(
-            f"{direction.replace('_', ' ')}: {recalls}, median rank {answer[f'median_rank_{direction}']}, "
-            f"mean rank {answer[f'mean_rank_{direction}']:.1f}"
-        )
-    for point, moved in answer["drift"].items():
-        print(f"{point}: cosine to the original {moved['cosine']:.4f}, relative norm {moved['relative_norm']:.3f}")
-    for note in answer["notes"]:
-        print(note)
-    for name, reason in answer["broken"].items():
-        print(f"left out: {name} ({reason})")
-    return answer
-
-
-def _measured(options: argparse.Namespace) -> Generator[Event, None, Event]:
-
-    from .data.captions import read_index
-    from .features import default_cache, embed_index
-    from .join import join, text_tower, unlike
-    from .measure import measure_tower
-    from .tokenizer import tokenizer_for
-
-    index = read_index(options.images, options.captions, options.allow_missing)
-    text, vision, original = _read_towers(options)
-    joined = join(text, vision, original)
-    device, cache = _device(options.device), options.cache or default_cache()
-    clip = joined.build().to(device)
-    index, pictures, broken = yield from embed_index(clip.visual, index, cache)
-    tokens = tokenizer_for(text.config.context_length, text.source.member)(index.captions())
-    difference = original and unlike(text, original)
-    reference = text_tower(original, joined).to(device) if original and not difference else None
-    return measure_tower(clip, pictures, tokens.ids, index.owners(), reference) | {
-        "notes": [f"drift is not measured: {difference}"] if difference else [],
-        "broken": broken,
-        "captions cut to the context length": tokens.truncated,
-    }
-
-
-def _world(options: argparse.Namespace) -> object:
-    from .world.write import write_world
-
-    captions = show(write_world(options.out, options.count, options.seed, options.split))
-    print(f"{options.count} pictures in {options.out}, captions in {captions}")
-    return {"images": str(options.out), "captions": str(captions), "count": options.count}
-
-
-def _demo(options: argparse.Namespace) -> object:
-    from .demo import NEAREST, demo, table
-    from .run import RESULT
-
-    last: Event = {}
-
-    def hear(event: Event) -> str | None:
-        if event["type"] == "done":
-            last.update(event)
-        return tell(event)
-
-    figures = show(demo(options.out, _device(options.device)), hear)
-    run = Path(figures["run"])
-    print(table({name: figures[name] for name in ("ruined", "repaired", "original")}))
-    print(f"\nrepaired text encoder: {run / RESULT}")
-    print(f"loss picture:          {run / 'loss.png'}")
-    print(f"what each one finds:   {options.out / NEAREST}")
-    print(f"run folder:            {run}")
-    print(f"{figures['seconds']} seconds")
-    if last["resumed"]:
-        print(f"The repair was finished before and only measured again; delete {options.out} to see it train.")
-    return figures
-
-
 # ---- arguments ------------------------------------------------------------------------------------------------------
 
 
@@ -360,21 +62,37 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--json", action="store_true", help="print the answer as one JSON object on the last line")
         return one
 
-    one = add("inspect", _inspect, "Say what files hold, from their headers.", "inspect clip_l.safetensors")
-    one.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    one = add("inspect", files.inspect, "Say what files hold, from their headers.", "inspect clip_l.safetensors")
+    one.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a model file or a model folder")
+
+    one = add(
+        "encode",
+        files.encode,
+        "Compute every read point, to hold a file against the library that wrote it.",
+        'encode clip_l.safetensors --text "a red circle" --out encoded.safetensors',
+    )
+    one.add_argument("file", type=Path, metavar="FILE")
+    given = one.add_mutually_exclusive_group()
+    given.add_argument("--text", nargs="+", metavar="TEXT", help="captions, tokenized and padded as for its family")
+    given.add_argument("--tokens", type=Path, metavar="NPY", help="token ids (B, T)")
+    given = one.add_mutually_exclusive_group()
+    given.add_argument("--image", type=Path, metavar="FILE", help="a picture, cropped and normalised as for CLIP")
+    given.add_argument("--pixels", type=Path, metavar="NPY", help="normalised pixels (B, 3, H, W)")
+    _add_member(one)
+    _add_out(one)
 
     one = add(
         "join",
-        _join,
+        files.join,
         "Put a text encoder and a vision tower together as one CLIP.",
         "join --text broken_clip_l.safetensors --vision ViT-L-14.safetensors --out joined.safetensors",
     )
     _add_towers(one)
-    _add_writing(one)
+    _add_writing(one, ("fp32", "fp16", "bf16"), "fp32")
 
     one = add(
         "repair",
-        _repair,
+        training.repair,
         "Repair a text encoder on captioned pictures. The same command again resumes the run.",
         "repair --text broken_clip_l.safetensors --vision ViT-L-14.safetensors --images pictures "
         "--captions captions.json --out runs/first",
@@ -385,18 +103,44 @@ def _parser() -> argparse.ArgumentParser:
 
     one = add(
         "convert",
-        _convert,
+        files.convert,
         "Write a text encoder, or a whole CLIP, in another layout.",
         "convert runs/first/text_encoder.safetensors --out clip_l.safetensors --dtype fp16",
     )
     one.add_argument("file", type=Path, metavar="FILE")
-    one.add_argument("--whole", action="store_true", help="with the vision tower, where the file has one")
+    where = one.add_mutually_exclusive_group()
+    where.add_argument("--whole", action="store_true", help="with the vision tower, where the file has one")
+    where.add_argument(
+        "--into",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="write a copy of this checkpoint with the text encoder in it; all else keeps its bytes",
+    )
     _add_member(one)
-    _add_writing(one)
+    _add_writing(one, ("keep", "fp32", "fp16", "bf16"), "keep")
+
+    one = add(
+        "lora",
+        files.lora,
+        "Write the change that a repair made as a LoRA, which ComfyUI's Load LoRA applies to the broken encoder.",
+        "lora runs/first/text_encoder.safetensors --broken broken_clip_l.safetensors --rank 64 "
+        "--out repair_lora.safetensors",
+    )
+    one.add_argument("file", type=Path, metavar="FILE", help="the repaired text encoder")
+    one.add_argument("--broken", type=Path, required=True, metavar="FILE", help="what it was before the repair")
+    one.add_argument("--rank", type=int, default=64, help="of each matrix (64); higher keeps more of the change")
+    one.add_argument(
+        "--linears-only",
+        action="store_true",
+        help="no biases, LayerNorms and embeddings: for programs that read only classic LoRAs",
+    )
+    one.add_argument("--dtype", choices=("fp16", "fp32", "bf16"), default="fp16", help="of the file (fp16)")
+    _add_member(one)
+    _add_out(one)
 
     one = add(
         "measure",
-        _measure,
+        training.measure,
         "Retrieval on captioned pictures, and drift from the original at every read point.",
         "measure --text clip_l.safetensors --vision ViT-L-14.safetensors --images pictures --captions captions.json",
     )
@@ -405,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = add(
         "world",
-        _world,
+        world.world,
         "Write captioned pictures of the small world.",
         "world --out pictures --count 8000 --seed 1",
     )
@@ -414,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--split", choices=("train", "held_out"), default="train", help="seen by the shipped CLIP, or not")
 
-    one = add("demo", _demo, "Repair the shipped ruined text encoder; no download.", "demo --out runs/demo")
+    one = add("demo", world.demo, "Repair the shipped ruined text encoder; no download.", "demo --out runs/demo")
     one.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for pictures and run (runs/demo)")
     one.add_argument("--device", help="cpu, cuda, cuda:1, mps or auto, the best there is (auto)")
     return parser
@@ -436,6 +180,12 @@ def _add_towers(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the original CLIP; a vision tower alone has no anchor",
     )
+    parser.add_argument(
+        "--original",
+        type=Path,
+        metavar="FILE",
+        help="what lends projection and temperature, and is the anchor, if not the file of --vision",
+    )
     _add_member(parser)
 
 
@@ -452,16 +202,22 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, metavar="DIR", help="for picture features (~/.cache/gmp)")
 
 
-def _add_writing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .safetensors file")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+def _add_out(parser: argparse.ArgumentParser, name: str = "FILE") -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar=name, help="a .safetensors file")
+    parser.add_argument("--force", action="store_true", help="replace what exists")
+
+
+def _add_writing(parser: argparse.ArgumentParser, dtypes: tuple[str, ...], dtype: str) -> None:
+    _add_out(parser)
     parser.add_argument(
         "--layout",
-        choices=("huggingface", "openai", "gmp"),
+        choices=("huggingface", "huggingface_folder", "openai", "open_clip", "open_clip_folder", "gmp"),
         default="huggingface",
-        help="names of the tensors (huggingface, which ComfyUI and diffusers read); gmp has r and theta",
+        help="names of the tensors (huggingface, which ComfyUI and diffusers read); a folder has its config beside; "
+        "gmp has r and theta",
     )
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the file (fp32)")
+    kept = "; keep: as stored" if "keep" in dtypes else ""
+    parser.add_argument("--dtype", choices=dtypes, default=dtype, help=f"of the file ({dtype}{kept})")
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

@@ -15,15 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ACTIVATIONS = ("quick_gelu", "gelu")
+from .architectures import ACTIVATIONS, VISION_HEADS
+
 MAX_LOGIT_SCALE = math.log(100.0)  # OpenAI clamps the temperature here
-# Heads of OpenAI's and LAION's vision towers; `width // 64` is wrong for H, g and bigG.
-VISION_HEADS = {768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Shape of a text tower. `embed_dim` is the width of the space that text and pictures share."""
+    """Shape of a text tower. `embed_dim` is the width of the space that text and pictures share.
+
+    end_of_text: the id whose first place is pooled; None is CLIP's own rule, the largest id of each row. The two
+    differ only for a vocabulary that was extended behind end-of-text, by textual inversion for example.
+    """
 
     width: int
     layers: int
@@ -33,6 +36,7 @@ class TextConfig:
     vocab_size: int
     embed_dim: int
     activation: str = "quick_gelu"
+    end_of_text: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,9 +140,9 @@ class Transformer(nn.Module):
         )
 
 
-def end_of_text(ids: Tensor) -> Tensor:
-    """Position of the first end-of-text token in each row: the largest id of the vocabulary. (B, L) -> (B,)"""
-    return ids.argmax(dim=-1)
+def end_of_text(ids: Tensor, token: int | None = None) -> Tensor:
+    """Position of the first end-of-text token in each row: the given id, or else the row's largest. (B, L) -> (B,)"""
+    return (ids if token is None else (ids == token).int()).argmax(dim=-1)
 
 
 class TextTower(nn.Module):
@@ -164,7 +168,8 @@ class TextTower(nn.Module):
         for block in self.transformer.resblocks:
             penultimate, x = x, block(x, causal=True)
         last = self.ln_final(x)
-        pooled = last[torch.arange(len(ids), device=ids.device), end_of_text(ids)]
+        ends = end_of_text(ids, self.text_config.end_of_text)
+        pooled = last[torch.arange(len(ids), device=ids.device), ends]
         return ReadPoints(penultimate, last, pooled, pooled @ self.text_projection)
 
     def penultimate(self, ids: Tensor) -> Tensor:  # (B, L) -> (B, L, W)

@@ -25,6 +25,7 @@ from .data.captions import Index, content_key
 from .data.images import PREPROCESSING, load_batches
 from .errors import InputError
 from .files import read_header, read_tensors, write_json, write_safetensors
+from .layouts.canonical import content_hash
 
 SHARD = 2048  # pictures; what an interrupted embedding keeps
 EVERY = 500  # pictures between two progress events while hashing
@@ -43,12 +44,7 @@ def default_cache() -> Path:
 
 def state_key(state: dict[str, Tensor]) -> str:
     """SHA-256 of tensors: names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return content_hash(sorted(state.items()))
 
 
 def content_keys(root: Path, names: Sequence[str], cache: Path) -> Generator[Progress, None, list[str]]:

@@ -93,6 +93,18 @@ def fold(model: nn.Module) -> list[str]:
     return _replace(model, GeometricLinear, GeometricLinear.to_linear, lambda name: True)
 
 
+def split_mlps(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with r and theta in place of the MLPs' weights; the inverse of `fold_state`."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        stem = name.removesuffix(".weight")
+        if stem != name and is_mlp(stem):
+            result[f"{stem}.r"], result[f"{stem}.theta"] = split(tensor)
+        else:
+            result[name] = tensor
+    return result
+
+
 def fold_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict with `.r` and `.theta` as one with `.weight`; everything else is passed on unchanged.
 

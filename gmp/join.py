@@ -1,8 +1,8 @@
 """Puts a text encoder and a vision tower together as one CLIP, and says for every tensor where it came from.
 
 Most text-encoder files lack `text_projection` and `logit_scale`: clip_l's are in no SDXL, SD1 or Flux file. The
-original CLIP lends them. ComfyUI's CLIPSave writes a projection of zeros or an identity for clip_l; such ones are
-not used.
+original CLIP lends them. ComfyUI's CLIPSave writes a projection of zeros, an identity or noise for clip_l; such ones
+are not used. SD2's clip_h often comes without its last block, which SD2 does not read; the original lends that too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .clip import CLIP, CLIPConfig, TextTower, load
 from .errors import InputError
-from .layouts import Source, TowerFile
+from .layouts import Source, TowerFile, projection_fault
+from .layouts.canonical import STACK, block_name
 
 UNRELATED = 0.2  # cosine of two projections below which one is not a fine-tune of the other
 START_LOGIT_SCALE = math.log(1 / 0.07)  # what CLIP's training starts with
@@ -67,7 +68,12 @@ def join(text: TowerFile, vision: TowerFile, original: TowerFile | None = None) 
     lent = {} if original is None else original.state
     state = {n: t for n, t in text.state.items() if n not in ("text_projection", "logit_scale")}
     report = [Origin("text tower", len(state), text.source.path, "the encoder to repair", tuple(state))]
-    width, embed_dim = text.config.width, vision.config.embed_dim
+    width, embed_dim, layers = text.config.width, vision.config.embed_dim, text.config.layers
+    if block := _lent_block(text, original):
+        state |= block
+        layers += 1
+        reason = "lent by the original: the text encoder's file ends before it"
+        report.append(Origin("last block of the text tower", len(block), original.source.path, reason, tuple(block)))
 
     own, foreign = text.state.get("text_projection"), lent.get("text_projection")
     fault = None if own is None else _fault(own, foreign)
@@ -102,10 +108,19 @@ def join(text: TowerFile, vision: TowerFile, original: TowerFile | None = None) 
     state |= vision.state
     reason = "what the text is aligned with"
     report.append(Origin("vision tower", len(vision.state), vision.source.path, reason, tuple(vision.state)))
-    config = CLIPConfig(replace(text.config, embed_dim=embed_dim), vision.config)
+    config = CLIPConfig(replace(text.config, embed_dim=embed_dim, layers=layers), vision.config)
     sources = {"text": text.source, "vision": vision.source} | ({"original": original.source} if original else {})
     assumed = [f"{source.path}: {sentence}" for source in sources.values() for sentence in source.assumptions]
     return Joined(state, config, tuple(report), tuple(dict.fromkeys(assumed)), sources)
+
+
+def _lent_block(text: TowerFile, original: TowerFile | None) -> dict[str, Tensor]:
+    """The original's last block where the text encoder is the original up to there, as SD2's clip_h is."""
+    last = f"{STACK['text']}.{text.config.layers}"
+    if original is None or last not in text.source.missing or original.config.layers != text.config.layers + 1:
+        return {}
+    number = text.config.layers
+    return {n: t for n, t in original.state.items() if (at := block_name(n)) and at[1] == number}
 
 
 def unlike(one: TowerFile, other: TowerFile) -> str | None:
@@ -133,12 +148,8 @@ def text_tower(file: TowerFile, joined: Joined) -> TextTower:
 
 def _fault(projection: Tensor, foreign: Tensor | None = None) -> str | None:
     """Why a projection cannot be a trained one, or not of this CLIP; None if it may be."""
-    if not projection.isfinite().all():
-        return "projection holds NaN or infinity"
-    if not projection.any():
-        return "projection is all zeros"
-    if projection.shape[0] == projection.shape[1] and torch.equal(projection, torch.eye(len(projection))):
-        return "projection is an identity"
+    if fault := projection_fault(projection):
+        return f"projection {fault}"
     if foreign is not None and foreign.shape == projection.shape:
         # a fine-tune of it stays above 0.9, unrelated ones of this size are below 0.01
         alike = torch.nn.functional.cosine_similarity(projection.flatten(), foreign.flatten(), dim=0).item()

@@ -7,13 +7,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from gmp.files import read_header
 from gmp.world.models import ASSETS, ORIGINAL, RUINED
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("inspect", "join", "repair", "convert", "measure", "world", "demo")
+COMMANDS = ("inspect", "encode", "join", "repair", "convert", "lora", "measure", "world", "demo")
 TOWERS = ("--text", ASSETS / RUINED, "--vision", ASSETS / ORIGINAL)
 
 
@@ -55,17 +59,19 @@ def test_every_command_explains_itself_with_an_example(command):
 def test_inspect_reads_headers_only_and_imports_no_torch():
     code = (
         "import sys; from gmp.cli import main; "
-        f"assert main(['inspect', {str(ASSETS / RUINED)!r}]) == 0; assert 'torch' not in sys.modules"
+        f"assert main(['inspect', {str(ASSETS / RUINED)!r}]) == 0; assert not sys.modules.keys() & {{'torch', 'numpy'}}"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "clip_l: 4 layers" in done.stdout and "lacks text_projection, logit_scale" in done.stdout
+    assert "clip_l: 4 blocks" in done.stdout and "lacks text_projection, logit_scale" in done.stdout
 
 
-def test_inspect_says_all_problems_at_once(tmp_path):
-    (tmp_path / "a.safetensors").write_bytes(b"\x80\x02}")
-    sentence = complaint("inspect", tmp_path / "a.safetensors", ASSETS / RUINED, tmp_path / "b.safetensors")
-    assert "a.safetensors" in sentence and "b.safetensors" in sentence
+def test_inspect_tells_all_files_and_names_those_that_it_cannot_read(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"GGUF" + bytes(60))
+    files = (tmp_path / "a.safetensors", ASSETS / RUINED, tmp_path / "b.safetensors")
+    sentence = complaint("inspect", *files)
+    assert "a.safetensors is a GGUF file" in sentence and "b.safetensors does not exist" in sentence
+    assert "text encoder: clip_l" in gmp("inspect", *files, code=2).stdout
 
 
 def test_join_and_convert_round_trip(tmp_path):
@@ -83,11 +89,99 @@ def test_files_are_not_overwritten_unasked(tmp_path):
     convert = ("convert", ASSETS / RUINED, "--out", tmp_path / "te.safetensors")
     gmp(*convert)
     before = (tmp_path / "te.safetensors").read_bytes()
-    assert "exists; choose another name, or pass --overwrite" in complaint(*convert, "--dtype", "fp16")
+    assert "exists; choose another name, or pass --force" in complaint(*convert, "--dtype", "fp16")
     assert (tmp_path / "te.safetensors").read_bytes() == before
-    gmp(*convert, "--dtype", "fp16", "--overwrite")
-    assert len((tmp_path / "te.safetensors").read_bytes()) < len(before)
+    gmp(*convert, "--dtype", "fp16", "--force")
+    assert {info.dtype for info in read_header(tmp_path / "te.safetensors").tensors.values()} == {"F16"}
     assert "end in .safetensors" in complaint(*convert[:-1], tmp_path / "te.pt")
+
+
+def test_convert_keeps_what_the_file_has(tmp_path):
+    gmp("convert", ASSETS / RUINED, "--out", tmp_path / "te.safetensors")
+    before, after = load_file(ASSETS / RUINED), load_file(tmp_path / "te.safetensors")
+    assert before.keys() == after.keys()
+    assert all(after[name].dtype == tensor.dtype for name, tensor in before.items())
+    assert all(torch.equal(after[name].float(), tensor.float()) for name, tensor in before.items())
+
+
+def test_folders_are_written_with_their_config_and_read_again(tmp_path):
+    for layout, config in (("huggingface_folder", "config.json"), ("open_clip_folder", "open_clip_config.json")):
+        whole = ("convert", ASSETS / ORIGINAL, "--whole", "--layout", layout, "--out", tmp_path / layout)
+        gmp(*whole)
+        assert (tmp_path / layout / config).exists()
+        there = complaint(*whole)
+        assert "pass --force" in there and config in there
+        gmp(*whole, "--force")
+        seen = answer("inspect", tmp_path / layout)[0]
+        assert seen["kind"] == "clip" and [tower["assumptions"] for tower in seen["towers"]] == [[], []]
+    assert "both towers" in complaint(
+        "convert", ASSETS / RUINED, "--layout", "open_clip_folder", "--out", tmp_path / "text"
+    )
+    wrong = complaint(
+        "convert", ASSETS / RUINED, "--layout", "huggingface_folder", "--out", tmp_path / "te.safetensors"
+    )
+    assert "will be a folder" in wrong
+
+
+def test_a_text_encoder_goes_back_into_its_checkpoint(tmp_path):
+    gmp("convert", ASSETS / RUINED, "--into", ASSETS / ORIGINAL, "--out", tmp_path / "new.safetensors")
+    before, after, ruined = (
+        load_file(path) for path in (ASSETS / ORIGINAL, tmp_path / "new.safetensors", ASSETS / RUINED)
+    )
+    assert before.keys() == after.keys()
+    others = [n for n in before if n.startswith("visual.") or n in ("text_projection", "logit_scale")]
+    assert all(torch.equal(before[name], after[name]) for name in others)
+    name = "transformer.resblocks.0.mlp.c_fc.weight"
+    assert torch.equal(after[name], ruined["text_model.encoder.layers.0.mlp.fc1.weight"].to(after[name].dtype))
+    assert not torch.equal(before[name], after[name])
+
+
+def test_encode_writes_what_the_file_can_compute(tmp_path):
+    out = tmp_path / "encoded.safetensors"
+    np.save(tmp_path / "tokens.npy", np.array([[49406, 320, 736, 49407, 49407]]))
+    np.save(tmp_path / "pixels.npy", np.zeros((2, 3, 64, 64), np.float32))
+    picture = tmp_path / "red.png"
+    Image.new("RGB", (90, 70), "red").save(picture)
+    arrays = ("--tokens", tmp_path / "tokens.npy", "--pixels", tmp_path / "pixels.npy")
+    gmp("encode", ASSETS / ORIGINAL, *arrays, "--out", out)
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(out).items()}
+    assert shapes == {
+        "penultimate": (1, 5, 64), "last": (1, 5, 64), "pooled": (1, 64), "projected": (1, 64), "image": (2, 64),
+        "logits": (2, 1),
+    }  # fmt: skip
+    found = answer("encode", ASSETS / RUINED, "--text", "a red circle", "b", "--out", out, "--force")
+    assert found["tensors"] == {"penultimate": [2, 77, 64], "last": [2, 77, 64], "pooled": [2, 64]}
+    assert any("projected is left out" in note for note in found["notes"])
+    assert answer("encode", ASSETS / ORIGINAL, "--image", picture, "--out", out, "--force")["tensors"] == {
+        "image": [1, 64]
+    }
+    assert "nothing to encode" in complaint("encode", ASSETS / ORIGINAL, "--out", out, "--force")
+    assert "holds a text encoder only" in complaint(
+        "encode", ASSETS / RUINED, "--image", picture, "--out", out, "--force"
+    )
+    assert "exists" in complaint("encode", ASSETS / RUINED, "--text", "a", "--out", out)
+
+
+def test_a_repair_lora_says_what_it_keeps(tmp_path):
+    command = ("lora", ASSETS / ORIGINAL, "--broken", ASSETS / RUINED)
+    small = answer(*command, "--rank", 2, "--out", tmp_path / "2.safetensors")
+    large = answer(*command, "--rank", 64, "--out", tmp_path / "64.safetensors")
+    assert small["kept"] < large["kept"] and large["kept"] == pytest.approx(1, abs=1e-3)
+    assert {row["name"] for row in large["left_out"]} == {"text_projection.weight", "logit_scale"}
+    assert answer("inspect", tmp_path / "64.safetensors")[0]["kind"] == "lora"
+
+
+def test_the_original_may_be_a_third_file(tmp_path):
+    vision = tmp_path / "vision.safetensors"
+    save_file({name: t for name, t in load_file(ASSETS / ORIGINAL).items() if name.startswith("visual.")}, vision)
+    towers = ("--text", ASSETS / RUINED, "--vision", vision, "--vision-heads", 2)
+    assert "lends none" in complaint("join", *towers, "--out", tmp_path / "a.safetensors")
+    joined = answer("join", *towers, "--original", ASSETS / ORIGINAL, "--out", tmp_path / "a.safetensors")
+    sources = {row["name"]: row["source"] for row in joined["tensors"]}
+    assert sources == {
+        "text tower": RUINED, "text_projection": ORIGINAL, "logit_scale": ORIGINAL, "vision tower": vision.name,
+    }  # fmt: skip
+    assert len(joined["tensors"][0]["names"]) == 52
 
 
 def test_a_repair_that_is_stopped_goes_on_with_the_same_command(world, tmp_path):

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import struct
 import subprocess
 import sys
@@ -55,10 +54,11 @@ def test_header_of_a_file_that_the_library_wrote(tmp_path, tensors):
     header = files.read_header(path)
     assert header.path == path
     assert header.metadata == {"a": "b"}
-    assert header.tensors["half"] == files.TensorInfo("F16", (4, 6))
-    assert header.tensors["scalar"] == files.TensorInfo("F32", ())
-    assert header.tensors["e4m3"].dtype == "F8_E4M3"
-    assert header.tensors["ids"] == files.TensorInfo("I64", (5,))
+    kinds = {name: (info.dtype, info.shape) for name, info in header.tensors.items()}
+    assert kinds["half"] == ("F16", (4, 6)) and kinds["scalar"] == ("F32", ()) and kinds["ids"] == ("I64", (5,))
+    assert kinds["e4m3"][0] == "F8_E4M3"
+    for name, info in header.tensors.items():
+        assert (info.file, info.bytes) == (path, tensors[name].numel() * tensors[name].element_size())
 
 
 def test_what_is_written_is_what_the_library_reads(tmp_path, tensors):
@@ -110,18 +110,6 @@ def test_header_needs_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def legacy_pickle() -> bytes:
-    buffer = io.BytesIO()
-    torch.save({"a": torch.zeros(2)}, buffer, _use_new_zipfile_serialization=False)
-    return buffer.getvalue()
-
-
-def torch_zip() -> bytes:
-    buffer = io.BytesIO()
-    torch.save({"a": torch.zeros(2)}, buffer)
-    return buffer.getvalue()
-
-
 def other_zip() -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -133,9 +121,6 @@ def other_zip() -> bytes:
     ("content", "message"),
     [
         (b"", "is empty"),
-        (torch_zip(), "is a PyTorch pickle, which can run code when opened; only safetensors files are read"),
-        (legacy_pickle(), "is a PyTorch pickle"),
-        (pickle.dumps({"a": 1}, protocol=4), "is a PyTorch pickle"),
         (other_zip(), "is a zip archive"),
         (b"GGUF" + bytes(60), "is a GGUF file"),
         (b"\x89PNG\r\n\x1a\n" + bytes(60), "is a PNG picture"),
@@ -158,7 +143,7 @@ def test_other_files_are_named(tmp_path, content, message):
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(InputError, match="clip.safetensors does not exist"):
         files.read_header(tmp_path / "clip.safetensors")
-    with pytest.raises(InputError, match="is a folder"):
+    with pytest.raises(InputError, match="is a folder without a model in it"):
         files.read_header(tmp_path)
 
 
@@ -186,6 +171,13 @@ def test_truncated_says_how_many_bytes(tmp_path, tensors):
         {"a": {"dtype": "F32", "shape": [2]}},
         {"a": 3},
         {"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}},
+        {
+            "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+            "b": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+        },  # overlap
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},  # a gap
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
+        b'"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',  # twice
         {"__metadata__": {"a": 3}},
         {"__metadata__": [1]},
     ],
@@ -194,13 +186,6 @@ def test_damaged_headers(tmp_path, header):
     path = damaged(tmp_path / "a.safetensors", header, bytes(8))
     with pytest.raises(InputError, match="damaged safetensors header"):
         files.read_header(path)
-
-
-def test_offsets_that_overlap_are_refused_when_read(tmp_path):
-    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-    path = damaged(tmp_path / "a.safetensors", {"a": entry, "b": entry}, bytes(8))
-    with pytest.raises(InputError, match="cannot be read as safetensors"):
-        files.read_tensors(files.read_header(path), ["a"])
 
 
 def test_failure_leaves_the_old_file_and_no_litter(tmp_path, tensors, monkeypatch):

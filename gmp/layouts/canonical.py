@@ -6,9 +6,10 @@ again, so a naming is one function `piece(name)`, used in both directions.
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -60,10 +61,16 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Piece:
-    """The tensors of a file that make one canonical tensor: stacked along dim 0, or transposed."""
+    """The tensors of a file that make one canonical tensor: stacked along dim 0, or transposed.
+
+    scales: by key, the tensor that a scaled fp8 weight has to be multiplied by.
+    kept: not 0 for Long-CLIP's positions, where so many rows come from the first tensor and the rest from the second.
+    """
 
     keys: tuple[str, ...]
     transposed: bool = False
+    scales: Mapping[str, str] = field(default_factory=dict)
+    kept: int = 0
 
 
 def block_name(name: str) -> tuple[str, int, str] | None:
@@ -108,11 +115,22 @@ def sizes_of(tower: str, names: Mapping[str, tuple], shapes: Mapping[str, Shape]
 
 
 def assemble(name: str, piece: Piece, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The canonical tensor from the tensors of a file."""
+    """The canonical tensor from the tensors of a file, in their dtype; fp32 where they differ or are scaled."""
     import torch
 
     parts = [tensors[key] for key in piece.keys]
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if piece.scales or len({part.dtype for part in parts}) > 1:
+        parts = [part.float() for part in parts]
+    for at, key in enumerate(piece.keys):
+        if key in piece.scales:
+            scale = tensors[piece.scales[key]].float()
+            parts[at] = parts[at] * (scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(()))
+    if piece.kept:
+        parts = [parts[0][: piece.kept], parts[1][piece.kept :]]
+    dtype = parts[0].dtype
+    if len(parts) > 1 and dtype.itemsize == 1:  # torch does not stack fp8
+        parts = [part.view(torch.uint8) for part in parts]
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts).view(dtype)
     if name == "logit_scale":  # some trainers store it with shape (1,)
         whole = whole.reshape(())
     return whole.T.contiguous() if piece.transposed else whole
@@ -123,6 +141,27 @@ def take_apart(piece: Piece, tensor: Tensor) -> dict[str, Tensor]:
     whole = tensor.T if piece.transposed else tensor
     parts = (whole,) if len(piece.keys) == 1 else whole.chunk(len(piece.keys))
     return dict(zip(piece.keys, parts, strict=True))
+
+
+def content_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of named tensors in the given order: names, shapes, and values in fp32, whatever dtype they come in."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        for values in chunks(tensor):
+            digest.update(values.numpy())
+    return digest.hexdigest()
+
+
+def chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """The values of a tensor in fp32 on the CPU, 1 MiB at a time: a copy of the whole may not fit."""
+    for values in tensor.detach().reshape(-1).split(1 << 18):
+        yield values.cpu().float()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """True if no value is NaN or infinity."""
+    return all(bool(values.isfinite().all()) for values in chunks(tensor))
 
 
 def some(names: Iterable[str], shown: int = 6) -> str:

@@ -8,29 +8,27 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from itertools import islice
 
+from ..architectures import DEPTHS, LONG_KEPT
 from ..files import Header
-from . import huggingface, open_clip, openai, single_file
-from .canonical import LENT, Piece, Shape, expected, sizes_of, some
+from . import huggingface, kinds, open_clip, openai, single_file
+from .canonical import LENT, STACK, Piece, Shape, expected, sizes_of, some
 from .gmp import in_radius_and_direction
 from .place import TEXT_PROJECTIONS, Place
 
 PLACES = (*openai.PLACES, *huggingface.PLACES, *open_clip.PLACES, *single_file.PLACES)
-BUFFERS = (*openai.BUFFERS, *huggingface.BUFFERS)
+# What quantisers leave beside their weights; the scales themselves are read.
+QUANTISED = ("scaled_fp8", "scale_input", "input_scale", "comfy_quant")
+BUFFERS = (*openai.BUFFERS, *huggingface.BUFFERS, *QUANTISED)
+SCALES = ("scale_weight", "weight_scale")
 DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 NAMES = {"text": "text encoder", "vision": "vision tower"}
 
 _STACK_KEY = re.compile(r"^(.*?(?:transformer\.resblocks|encoder\.layers))\.(\d{1,6})\.")
-_LORA = re.compile(r"lora_(down|up|A|B)\b|lora\.(down|up)\.|\.(hada|lokr)_w\d|\.dora_scale|^lora_")
-_T5 = re.compile(r"(^|\.)encoder\.block\.\d+\.layer\.\d+\.|^shared\.weight$")
-_DIFFUSION = re.compile(
-    r"^(model\.)?(diffusion_model|double_blocks|joint_blocks|transformer_blocks|down_blocks|input_blocks)\."
-)
-_VAE = re.compile(r"^(first_stage_model\.|vae\.|(en|de)coder\.(conv_in|conv_out|mid|mid_block|down|up)\b)")
-_SCALED = re.compile(r"(^|\.)(scale_weight|scale_input|weight_scale|input_scale|scaled_fp8|comfy_quant)$")
+_LEFT_SCALE = re.compile(r"(^|\.)(scale_weight|weight_scale|weight_scale_2|scale_weight_2|pre_quant_scale)$")
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,7 @@ class Part:
 class Contents:
     """What a file holds.
 
-    kind: "clip", "text_encoder", "vision_tower", "checkpoint" (with or without a text encoder),
-    "diffusion_model", "vae", "lora", "t5" or "unknown".
+    kind: "clip", "text_encoder", "vision_tower", "checkpoint" (with or without a text encoder), or one of `kinds`.
     layout: the layouts of the towers, joined by "+"; "" where there is none.
     """
 
@@ -70,8 +67,9 @@ class Contents:
 def describe(header: Header) -> Contents:
     """Find the towers in a file. Problems are listed and not raised."""
     keys = header.tensors.keys()
-    if any(_LORA.search(key) for key in keys):
-        return Contents("lora", "", {}, None, (_LORA_ADVICE,))
+    kind = kinds.kind_of(keys)
+    if kind in ("lora", "siglip"):  # their names look like a CLIP's
+        return Contents(kind, "", {}, None, (kinds.ADVICE[kind],))
     stacks: dict[str, set[int]] = defaultdict(set)
     for key in keys:
         if match := _STACK_KEY.match(key):
@@ -86,16 +84,18 @@ def describe(header: Header) -> Contents:
             both = f"{text[part.member].place.stack} and {part.place.stack}"
             problems.append(f"holds {part.member} twice, at {both}; the first is read")
     vision = next((part for part in parts if part.place.tower == "vision"), None)
-    kind = _kind(keys, bool(text), vision is not None)
-    if not parts:
-        elsewhere = some(stacks.keys() - {place.stack for place in places})
-        problems.append(_nothing_found(kind, elsewhere, keys))
+    if parts:
+        whole = kind in ("checkpoint", "diffusion_model") or parts[0].layout == "diffusers"
+        alone = "clip" if text and vision else "text_encoder" if text else "vision_tower"
+        kind = "checkpoint" if whole else alone
+    else:
+        problems.append(_nothing_found(kind, some(stacks), keys))
     layout = "+".join(dict.fromkeys(part.layout for part in parts))
     problems += [f"{part.member or 'vision'}: {problem}" for part in parts for problem in part.problems]
     return Contents(kind, layout, text, vision, tuple(problems))
 
 
-def _is_at(place: Place, keys: Iterable[str]) -> bool:
+def _is_at(place: Place, keys: Collection[str]) -> bool:
     """Tell text from vision where transformers left out the level that says so."""
     if not place.level:
         return True
@@ -116,25 +116,33 @@ def _part(place: Place, blocks: set[int], header: Header) -> Part:
             problems.append("both text_projection and text_projection.weight, its transpose, are there")
         if forms:
             pieces["text_projection"] = forms[0]
+        if (rest := place.key("positional_embedding_res")) in keys:
+            own = pieces["positional_embedding"].keys
+            pieces["positional_embedding"] = Piece((*own, rest), kept=LONG_KEPT)
+    pieces = {name: _with_scales(piece, keys) for name, piece in pieces.items()}
 
     absent = {name: [key for key in piece.keys if key not in keys] for name, piece in pieces.items()}
     missing = tuple(name for name in LENT if absent.get(name))
     if lost := [key for name, gone in absent.items() if name not in LENT for key in gone]:
         problems.append(f"tensors are missing: {some(lost)}")
     known = {key for piece in pieces.values() for key in piece.keys}
+    scales = {scale for piece in pieces.values() for scale in piece.scales.values()}
     pieces = {name: piece for name, piece in pieces.items() if not absent[name]}
 
     used = known & keys
-    buffers = {key for key in keys - used if key.rpartition(".")[2] in BUFFERS}
-    unexpected = keys - used - buffers
-    problems += _unreadable(place, used, unexpected, header)
-    shapes = {name: _shape(name, piece, header) for name, piece in pieces.items()}
+    buffers = {key for key in keys - used - scales if key.rpartition(".")[2] in BUFFERS}
+    unexpected = keys - used - scales - buffers
+    problems += _unreadable(place, used, unexpected, header) + _odd_scales(pieces, header)
+    shapes = {name: shape_of(name, piece, header) for name, piece in pieces.items()}
     sizes, contradictions = sizes_of(place.tower, names, shapes)
     width = sizes.get("width", 0)
+    member = (place.member or _member(width)) if place.tower == "text" else None
+    if member == "clip_h" and blocks == set(range(DEPTHS[1024] - 1)):  # SD2 as diffusers writes it
+        missing += (f"{STACK['text']}.{DEPTHS[1024] - 1}",)
     return Part(
         place=place,
         layout="gmp" if any(name.endswith(".theta") for name in names) else place.layout,
-        member=(place.member or _member(width)) if place.tower == "text" else None,
+        member=member,
         layers=len(blocks),
         sizes=sizes,
         parameters=sum(math.prod(header.tensors[key].shape) for key in used),
@@ -158,25 +166,48 @@ def _gaps(place: Place, blocks: set[int]) -> list[str]:
 
 def _unreadable(place: Place, used: set[str], unexpected: set[str], header: Header) -> list[str]:
     """Sentences for tensors that make this another model than the canonical form can hold."""
-    if scaled := {key for key in unexpected if _SCALED.search(key)}:
-        return [f"is scaled fp8, which is not read; give the fp16 or fp32 edition ({some(scaled, 2)})"]
     problems = []
     if strange := {key for key in used if header.tensors[key].dtype not in DTYPES}:
         types = some({header.tensors[key].dtype for key in strange})
         problems.append(f"tensors are {types}, not a floating point type that is read: {some(strange)}")
-    if any(key.endswith("positional_embedding_res") for key in unexpected):
-        problems.append("is a raw Long-CLIP (positional_embedding_res), which is not read")
+    if left := {key for key in unexpected if _LEFT_SCALE.search(key)}:
+        problems.append(f"is quantised in a way that is not read; give the fp16 or fp32 edition ({some(left, 2)})")
     foreign = (f"{place.stack}.", place.key("text_projection."))
-    if extra := {key for key in unexpected if key.startswith(foreign)}:
+    if extra := {key for key in unexpected if key.startswith(foreign) and not _LEFT_SCALE.search(key)}:
         problems.append(f"tensors are not those of a CLIP: {some(extra)}")
     return problems
 
 
-def _shape(name: str, piece: Piece, header: Header) -> Shape:
+def _with_scales(piece: Piece, keys: Collection[str]) -> Piece:
+    """The piece with the scales that a file holds for its weights, under either of ComfyUI's names."""
+    scales = {
+        key: scale
+        for key in piece.keys
+        for leaf in SCALES
+        if key.endswith(".weight") and (scale := key.removesuffix("weight") + leaf) in keys
+    }
+    return replace(piece, scales=scales) if scales else piece
+
+
+def _odd_scales(pieces: dict[str, Piece], header: Header) -> list[str]:
+    """A sentence for scales that are neither one number nor one for each row of their weight."""
+    odd = set()
+    for piece in pieces.values():
+        for key, scale in piece.scales.items():
+            shape, count = header.tensors[key].shape, math.prod(header.tensors[scale].shape)
+            fits = count == 1 or (len(shape) == 2 and count == shape[0])
+            if not fits or header.tensors[scale].dtype not in DTYPES:
+                odd.add(scale)
+    return [f"scales are neither one number nor one for each row: {some(odd)}"] if odd else []
+
+
+def shape_of(name: str, piece: Piece, header: Header) -> Shape:
     """The shape that `assemble` will give, from the header."""
     shape, *others = (header.tensors[key].shape for key in piece.keys)
     if name == "logit_scale" and shape == (1,):
         return ()
+    if piece.kept:
+        return shape if others == [shape] and shape[:1] > (piece.kept,) else ()
     if others and shape:
         shape = (shape[0] + sum(other[0] for other in others if other), *shape[1:])
     return shape[::-1] if piece.transposed else shape
@@ -187,34 +218,9 @@ def _member(width: int) -> str:
     return {1024: "clip_h", 1280: "clip_g"}.get(width, "clip_l")
 
 
-def _kind(keys: Iterable[str], text: bool, vision: bool) -> str:
-    if any(key.startswith("model.diffusion_model.") for key in keys):
-        return "checkpoint"
-    if any(_DIFFUSION.match(key) for key in keys):
-        return "checkpoint" if text else "diffusion_model"
-    if text or vision:
-        return "clip" if text and vision else "text_encoder" if text else "vision_tower"
-    if any(_T5.search(key) for key in keys):
-        return "t5"
-    return "vae" if any(_VAE.match(key) for key in keys) else "unknown"
-
-
-_LORA_ADVICE = (
-    "is a LoRA, not a text encoder: apply it in ComfyUI and use Text Encoder from CLIP, "
-    "or give the base model's encoder"
-)
-_ADVICE = {
-    "t5": "is a T5 text encoder; only CLIP text encoders can be repaired: give clip_l or clip_g",
-    "vae": "is a VAE, not a text encoder; give a CLIP text encoder or a checkpoint that holds one",
-    "checkpoint": "is a checkpoint without a text encoder; give one with it, or the text encoder's own file",
-    "diffusion_model": "is a diffusion model without a text encoder; give the text encoder's own file",
-    "unknown": "holds no CLIP in any layout that is read",
-}
-
-
-def _nothing_found(kind: str, elsewhere: str, keys: Iterable[str]) -> str:
+def _nothing_found(kind: str, elsewhere: str, keys: Collection[str]) -> str:
+    if kind in kinds.ADVICE:
+        return kinds.ADVICE[kind]
     if elsewhere:
         return f"holds transformer blocks at {elsewhere}, where no layout that is read keeps a CLIP"
-    if kind == "unknown":
-        return f"{_ADVICE[kind]}; it begins with {some(keys, 3) or 'no tensors at all'}"
-    return _ADVICE[kind]
+    return f"holds no CLIP in any layout that is read; it begins with {some(keys, 3) or 'no tensors at all'}"

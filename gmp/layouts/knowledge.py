@@ -1,59 +1,76 @@
-"""Head counts and activations, which are in no tensor: who knows them, in order.
+"""Head counts, activations and end-of-text, which are in no tensor: who knows them, in order.
 
-The caller; the file's own metadata; the family of the file; at last an assumption, which is put into words.
+The caller; what this program wrote into the file; the config beside the file; the family of the file; at last an
+assumption, which is put into words.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from ..architectures import ACTIVATIONS, OPENAI_WIDTHS, TEXT_HEADS, VISION_HEADS
 from ..errors import InputError
 from ..files import Header
 from .detect import Part
+from .place import Place
 
-TEXT_WIDTHS = (512, 768, 1024, 1280)  # every published CLIP text tower; their heads have 64 channels
-OPENAI_WIDTHS = {"text": 768, "vision": 1024}  # OpenAI's largest towers; wider ones are LAION's
+# OpenCLIP's settings that change what a tower of the same tensors computes, with the values that are CLIP's.
+_OPEN_CLIP = {
+    "text": {
+        "pool_type": ("argmax", "eos"), "no_causal_mask": (False,), "embed_cls": (False,), "norm_kwargs": (None, {}),
+        "act_kwargs": (None, {}), "hf_model_name": (None,), "ls_init_value": (None,),
+    },
+    "vision": {
+        "pool_type": ("tok",), "norm_kwargs": (None, {}), "act_kwargs": (None, {}), "timm_model_name": (None,),
+        "attentional_pool": (False,), "ls_init_value": (None,), "no_ln_pre": (False,),
+    },
+}  # fmt: skip
+_LEGACY_END = 2  # in practically all of the hub's configs; transformers then takes the largest id
 
 
-def stored_config(metadata: dict[str, str], tower: str) -> dict[str, Any]:
-    """The tower's fields in the metadata entry `clip_config`, {} where it has none."""
-    try:
-        fields = json.loads(metadata.get("clip_config", "{}"))[tower]
-    except (ValueError, KeyError, TypeError):
-        return {}
-    return fields if isinstance(fields, dict) else {}
+@dataclass(frozen=True)
+class Settled:
+    """What the tensors do not say of one tower, and a sentence for each of it that is an assumption."""
+
+    heads: int
+    activation: str
+    end_of_text: int | None
+    embed_dim: int | None
+    assumptions: tuple[str, ...]
 
 
-def settle(part: Part, header: Header, heads: int | None, activation: str | None) -> tuple[int, str, list[str]]:
-    """Number of heads, activation, and a sentence for each of them that is an assumption.
+def settle(part: Part, header: Header, heads: int | None, activation: str | None) -> Settled:
+    """Heads, activation and end-of-text of a tower.
 
     Raises InputError for heads that cannot be told or do not divide the width, and for an unknown activation.
     """
-    from ..clip import ACTIVATIONS, VISION_HEADS
-
     tower, width = part.place.tower, part.sizes["width"]
-    stored = stored_config(header.metadata, tower)
     name = header.path.name
+    known = _config(header, part.place) | stored_config(header.metadata, tower)
+    if other := known.get("other"):
+        raise InputError(f"{name}: its config asks for {', '.join(other)}, which is not CLIP's {tower} tower")
     assumptions = []
 
-    known = {text_width: text_width // 64 for text_width in TEXT_WIDTHS} if tower == "text" else VISION_HEADS
     if heads is None:
-        heads = stored.get("heads") or known.get(width)
+        heads = known.get("heads") or (TEXT_HEADS if tower == "text" else VISION_HEADS).get(width)
+    option = "--heads" if tower == "text" else "--vision-heads"
     if heads is None:
         if width % 64:
             raise InputError(
-                f"{name}: a {tower} tower of width {width} does not tell its number of heads; pass --heads"
+                f"{name}: a {tower} tower of width {width} does not tell its number of heads; pass {option}"
             )
         heads = width // 64
         assumptions.append(
             f"{heads} attention heads assumed for a {tower} tower of width {width}: 64 channels each is "
-            "usual, but the file does not say; pass --heads otherwise"
+            f"usual, but the file does not say; pass {option} otherwise"
         )
     if type(heads) is not int or heads < 1 or width % heads:
         raise InputError(f"{name}: {heads!r} attention heads do not divide the {tower} tower's width {width}")
 
-    activation = activation or stored.get("activation") or part.place.activation
+    activation = activation or known.get("activation") or part.place.activation
     if activation is None:
         activation, other, models = "gelu", "quick_gelu", "OpenAI, Apple and MetaCLIP"
         if width <= OPENAI_WIDTHS[tower]:
@@ -64,4 +81,71 @@ def settle(part: Part, header: Header, heads: int | None, activation: str | None
         )
     if activation not in ACTIVATIONS:
         raise InputError(f"{name}: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    return heads, activation, assumptions
+    end, embed = known.get("end_of_text"), known.get("embed_dim")
+    return Settled(heads, activation, _whole(end), _whole(embed), tuple(assumptions))
+
+
+def stored_config(metadata: Mapping[str, str], tower: str) -> dict[str, Any]:
+    """The tower's fields in the metadata entry `clip_config`, {} where it has none."""
+    try:
+        return _mapping(json.loads(metadata.get("clip_config", "{}"))[tower])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def _config(header: Header, place: Place) -> dict[str, Any]:
+    """What the config.json or open_clip_config.json of a model folder says of one tower, in our words."""
+    prefixes = [prefix for prefix in header.configs if (place.prefix or place.root).startswith(prefix)]
+    config = header.configs[max(prefixes, key=len)] if prefixes else {}
+    if "model_cfg" in config:
+        return _open_clip(_mapping(config["model_cfg"]), place.tower)
+    if "clip" in str(config.get("model_type", "")):
+        return _huggingface(config, place.tower)
+    return {}
+
+
+def _huggingface(config: dict[str, Any], tower: str) -> dict[str, Any]:
+    """transformers leaves out of a nested config what equals its own defaults."""
+    fields = config
+    if nested := config.get(f"{tower}_config") or config.get(f"{tower}_config_dict"):
+        fields = _mapping(nested) | _mapping(config.get(f"{tower}_config_dict"))
+    end = fields.get("eos_token_id")
+    usual = {"layer_norm_eps": (1e-5,)}
+    return {
+        "other": _unusual(fields, usual),
+        "heads": fields.get("num_attention_heads", 8 if tower == "text" else 12),
+        "activation": fields.get("hidden_act", "quick_gelu"),
+        "end_of_text": None if end == _LEGACY_END else end,
+        "embed_dim": fields.get("projection_dim", 512),
+    }
+
+
+def _open_clip(config: dict[str, Any], tower: str) -> dict[str, Any]:
+    fields = _mapping(config.get(f"{tower}_cfg"))
+    other = _unusual(fields, _OPEN_CLIP[tower])
+    heads, end = fields.get("heads", 8), None
+    if tower == "vision":
+        width, head_width = fields.get("width", 768), fields.get("head_width", 64)
+        heads = width // head_width if _whole(width) and _whole(head_width) else None
+    elif fields.get("pool_type") == "eos":
+        end = fields.get("eos_id")
+    return {
+        "other": other,
+        "heads": heads,
+        "end_of_text": end,
+        "activation": "quick_gelu" if config.get("quick_gelu") else "gelu",
+        "embed_dim": config.get("embed_dim"),
+    }
+
+
+def _unusual(fields: dict[str, Any], usual: Mapping[str, tuple]) -> list[str]:
+    """Settings with another value than CLIP's: no tensor shows them, and the tower would compute something else."""
+    return [f"{key} {fields[key]!r}" for key, values in usual.items() if key in fields and fields[key] not in values]
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _whole(value: object) -> int | None:
+    return value if type(value) is int and value > 0 else None

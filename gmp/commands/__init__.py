@@ -1,0 +1,1 @@
+"""What the commands of `python -m gmp` do: each is a form over one engine function."""

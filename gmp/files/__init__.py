@@ -1,0 +1,14 @@
+"""The only place that opens files from strangers, and the only one that writes model files.
+
+Opening reads headers: nothing in a file is run or imported, and sizes are checked before anything is allocated.
+Tensors are read one by one, straight from their bytes. Writing is atomic: temp file beside the target, fsync, rename.
+"""
+
+from .header import Header, TensorInfo
+from .read import read_header, read_tensors, reader, torch_dtypes
+from .write import Pending, sha256, write_bytes, write_json, write_safetensors, write_text
+
+__all__ = (
+    "Header", "Pending", "TensorInfo", "read_header", "read_tensors", "reader", "sha256", "torch_dtypes",
+    "write_bytes", "write_json", "write_safetensors", "write_text",
+)  # fmt: skip

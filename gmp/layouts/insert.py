@@ -1,0 +1,75 @@
+"""Putting a text encoder back into the checkpoint that it came from: every other tensor keeps its bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from .. import __version__, files
+from ..errors import InputError
+from .canonical import some
+from .detect import describe, shape_of
+from .write import DTYPES, parts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Entries that state the hash of the file's tensors; they would be wrong in the copy.
+_HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+
+
+def insert_text(
+    state: Mapping[str, Tensor | files.Pending],
+    checkpoint: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    member: str,
+    dtype: str = "keep",
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[str, ...]:
+    """Write a copy of a checkpoint with another text encoder in it; returns the names of the replaced tensors.
+
+    state: a text encoder in canonical form, plain weights. What the checkpoint has no place for, such as clip_l's
+    projection, is left out; what the state lacks (logit_scale, a projection) stays as it is.
+    dtype: "keep" takes the one that the checkpoint has each tensor in; "fp32", "fp16" or "bf16" for all replaced.
+    path: a .safetensors file, written tensor by tensor; a pickled checkpoint's tensors are written so too.
+    Raises InputError for a checkpoint without such an encoder, other shapes, and values that a dtype cannot hold.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    header = files.read_header(checkpoint)
+    name = header.path.name
+    part = describe(header).text.get(member)
+    if part is None:
+        raise InputError(f"{name} holds no {member} to replace; it holds {some(describe(header).text) or 'none'}")
+    if part.problems:
+        raise InputError(f"{name}: its {member} cannot be replaced: {'; '.join(part.problems)}")
+    if any(piece.scales or piece.kept for piece in part.pieces.values()) or part.layout == "gmp":
+        raise InputError(f"{name}: its {member} is not in plain weights; give the fp16 or fp32 edition")
+    wrong = [
+        f"{each} is {list(state[each].shape)} and not {list(shape_of(each, piece, header))}"
+        for each, piece in part.pieces.items()
+        if each in state and tuple(state[each].shape) != shape_of(each, piece, header)
+    ]
+    lost = part.pieces.keys() - state.keys() - {"text_projection", "logit_scale"}
+    wrong += [f"{each} is missing" for each in sorted(lost)]
+    if wrong:
+        raise InputError(f"{name}: the text encoder does not fit its {member}: {some(wrong)}")
+
+    pieces = {each: piece for each, piece in part.pieces.items() if each in state and each != "logit_scale"}
+    fresh = parts(state, pieces, lambda key, _: DTYPES[dtype] or header.tensors[key].dtype, name)
+    notes = {"gmp_version": __version__, "gmp_replaced": json.dumps({"member": member, "tensors": len(fresh)})}
+    kept = {key: value for key, value in header.metadata.items() if key not in _HASHES}
+    whole = {key: fresh.get(key) or _as_it_is(header, key) for key in header.tensors}
+    files.write_safetensors(whole, path, {**kept, **(metadata or {}), **notes})
+    return tuple(fresh)
+
+
+def _as_it_is(header: files.Header, key: str) -> files.TensorInfo | files.Pending:
+    """A tensor of the checkpoint for its copy; one that is not contiguous has to be read for that."""
+    info = header.tensors[key]
+    if info.stride is None:
+        return info
+    return files.Pending(info.dtype, info.shape, lambda: files.read_tensors(header, [key])[key])

@@ -1,0 +1,209 @@
+"""Writing a text encoder, or a whole CLIP, in a layout: one file, or a folder with the config beside the weights.
+
+Tensors are checked first and written one by one afterwards, so that a large encoder needs the memory of its largest
+tensor where they come from a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__, files
+from ..errors import InputError
+from . import canonical, configs, huggingface, openai
+from .canonical import is_vision, some
+from .detect import NAMES
+from .gmp import in_radius_and_direction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..clip import CLIPConfig, TextConfig
+
+# Layout -> naming. An r or theta keeps its canonical name.
+WRITERS = {
+    "huggingface": huggingface.piece,
+    "huggingface_folder": huggingface.piece,
+    "openai": openai.piece,
+    "open_clip": openai.piece,
+    "open_clip_folder": openai.piece,
+    "gmp": openai.piece,
+}
+# Layouts that are a folder: the weights' name, the config's name, and what makes the config.
+FOLDERS = {
+    "huggingface_folder": ("model.safetensors", "config.json", configs.huggingface),
+    "open_clip_folder": ("open_clip_model.safetensors", "open_clip_config.json", configs.open_clip),
+}
+DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "keep": None}
+FP16_MAX = 65504.0
+
+
+def write_text(
+    state: Mapping[str, Tensor | files.Pending],
+    path: str | os.PathLike[str],
+    *,
+    layout: str = "huggingface",
+    dtype: str = "fp32",
+    config: TextConfig,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a text encoder; `text_projection` and `logit_scale` go with it if the state has them.
+
+    path: a .safetensors file, or for the layouts that end in `_folder` a folder, which also gets a config.
+    layout: "huggingface" (with the `text_model.` level), "openai", "open_clip", or "gmp", which needs a state with
+    r and theta; the others fold these into weights. dtype: "fp32", "fp16", "bf16", or "keep", every tensor as it is;
+    gmp is always fp32. metadata: more entries for the file; format, clip_config and gmp_version are always written.
+    Raises InputError for an incomplete state, unknown names, and values that the dtype cannot hold.
+    """
+    _write(state, ("text",), path, layout, dtype, {"text": asdict(config)}, metadata)
+
+
+def write_clip(
+    state: Mapping[str, Tensor | files.Pending],
+    path: str | os.PathLike[str],
+    *,
+    layout: str = "huggingface",
+    dtype: str = "fp32",
+    config: CLIPConfig,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write both towers, their projections and the logit scale. Arguments as for `write_text`."""
+    _write(state, canonical.TOWERS, path, layout, dtype, asdict(config), metadata)
+
+
+def _write(
+    state: Mapping[str, Tensor | files.Pending],
+    towers: tuple[str, ...],
+    path: str | os.PathLike[str],
+    layout: str,
+    dtype: str,
+    config: dict[str, Any],
+    metadata: Mapping[str, str] | None,
+) -> None:
+    from ..geometric import fold_state
+
+    path = Path(path)
+    name = path.name
+    if layout not in WRITERS:
+        raise InputError(f"cannot write {name}: layout {layout!r} is not one of {', '.join(WRITERS)}")
+    if dtype not in DTYPES:
+        raise InputError(f"cannot write {name}: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    geometric = any(key.endswith(".theta") for key in state)
+    if layout == "gmp" and (not geometric or dtype != "fp32"):
+        raise InputError(
+            f"cannot write {name}: layout gmp is for a state with r and theta, in fp32; "
+            f"this is {'one' if geometric else 'a state with plain weights'}, in {dtype}"
+        )
+    if layout == "open_clip_folder" and len(towers) < 2:
+        raise InputError(f"cannot write {name}: OpenCLIP's folder is of both towers; write the whole CLIP")
+    if problems := _unwritable(state, towers, config):
+        raise InputError(f"cannot write {name}: {'; '.join(problems)}")
+    plain = fold_state(state) if geometric and layout != "gmp" else state
+    pieces = {each: WRITERS[layout](each) for each in plain}
+    tensors = parts(plain, pieces, lambda key, tensor: DTYPES[dtype] or _dtype(tensor), name)
+    header = {"clip_config": json.dumps(config, sort_keys=True), "gmp_version": __version__}
+    header = {**(metadata or {}), **header}
+    if layout not in FOLDERS:
+        return files.write_safetensors(tensors, path, header)
+    weights, config_name, make = FOLDERS[layout]
+    projected = "text_projection" in plain
+    path.mkdir(parents=True, exist_ok=True)
+    files.write_safetensors(tensors, path / weights, header)
+    files.write_json(make(config, projected), path / config_name)
+
+
+def targets(path: str | os.PathLike[str], layout: str) -> list[Path]:
+    """The files that writing to this path in this layout makes or replaces."""
+    path = Path(path)
+    if layout not in FOLDERS:
+        return [path]
+    weights, config, _ = FOLDERS[layout]
+    return [path / weights, path / config]
+
+
+def parts(
+    state: Mapping[str, Tensor | files.Pending],
+    pieces: Mapping[str, canonical.Piece],
+    dtype_of: Callable[[str, Tensor | files.Pending], str],
+    name: str,
+) -> dict[str, files.Pending]:
+    """The tensors of a file from canonical ones, checked now and made once more when they are written.
+
+    dtype_of: from a tensor's name in the file and its canonical tensor. name: the file's, for the message.
+    Raises InputError for NaN, infinity, and values that a dtype cannot hold.
+    """
+    result, broken, half = {}, [], False
+    for each, piece in pieces.items():
+        tensor = state[each]
+        for key, part in canonical.take_apart(piece, _made(tensor)).items():
+            dtype = dtype_of(key, tensor)
+            half |= dtype == "F16"
+            if not _holds(dtype, part):
+                broken.append(key)
+            result[key] = files.Pending(dtype, tuple(part.shape), partial(_part, tensor, piece, key, dtype))
+    if broken:
+        over = f", or values over {FP16_MAX:g}, which is where fp16 ends" if half else ""
+        raise InputError(f"cannot write {name}: NaN or infinity{over}, in {len(broken)} tensors: {some(broken)}")
+    return result
+
+
+def _holds(dtype: str, tensor: Tensor) -> bool:
+    """True if all values are numbers, also after a cast."""
+    target = files.torch_dtypes()[dtype]
+    for values in canonical.chunks(tensor):
+        if dtype == "F16" and values.numel() and values.abs().max() > FP16_MAX:
+            return False
+        if not values.to(target).float().isfinite().all():
+            return False
+    return True
+
+
+def _part(tensor: Tensor | files.Pending, piece: canonical.Piece, key: str, dtype: str) -> Tensor:
+    return canonical.take_apart(piece, _made(tensor))[key].to(files.torch_dtypes()[dtype])
+
+
+def _made(tensor: Tensor | files.Pending) -> Tensor:
+    return tensor.make() if isinstance(tensor, files.Pending) else tensor.detach()
+
+
+def _dtype(tensor: Tensor | files.Pending) -> str:
+    if isinstance(tensor, files.Pending):
+        return tensor.dtype
+    return next(name for name, dtype in files.torch_dtypes().items() if dtype == tensor.dtype)
+
+
+def _unwritable(
+    state: Mapping[str, Tensor | files.Pending], towers: tuple[str, ...], config: dict[str, Any]
+) -> list[str]:
+    """What keeps a state from being these towers, whole and nothing else."""
+    names: dict[str, tuple] = {}
+    problems = []
+    for tower in towers:
+        inside = [found for key in state if (found := canonical.block_name(key))]
+        blocks = {number for stack, number, _ in inside if stack == canonical.STACK[tower]}
+        if gaps := set(range(max(blocks, default=0) + 1)) - blocks:
+            problems.append(f"blocks are missing from the {NAMES[tower]}: {some(map(str, gaps))}")
+        wanted = in_radius_and_direction(canonical.expected(tower, blocks), state.__contains__)
+        shapes = {key: tuple(state[key].shape) for key in wanted.keys() & state.keys()}
+        sizes, contradictions = canonical.sizes_of(tower, wanted, shapes)
+        problems += contradictions
+        if (sizes.get("width"), len(blocks)) != (config[tower]["width"], config[tower]["layers"]):
+            problems.append(
+                f"the config says width {config[tower]['width']} and {config[tower]['layers']} layers, "
+                f"the {NAMES[tower]} has width {sizes.get('width')} and {len(blocks)} layers"
+            )
+        names |= wanted
+    lent = canonical.LENT if towers == ("text",) else ()
+    if missing := names.keys() - state.keys() - set(lent):
+        problems.append(f"tensors are missing: {some(missing)}")
+    if extra := state.keys() - names.keys():
+        advice = "; write_clip writes both towers" if any(map(is_vision, extra)) else ""
+        whole = NAMES["text"] if lent else "CLIP"
+        problems.append(f"tensors are not part of a {whole}: {some(extra)}{advice}")
+    return problems
