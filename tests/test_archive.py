@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import stat
 import struct
 import subprocess
@@ -30,10 +31,26 @@ from gmp.files.header import ITEM_BITS
 from gmp.geometric import to_geometric
 from gmp.layouts import describe
 from tests.fuzz.seeds import (
-    Block, Made, Stored, legacy, legacy_pid, pickled, plain, saved, scripted, seeds, storage, tensor, zipped,
+    Block,
+    Made,
+    Stored,
+    header_or_sentence,
+    legacy,
+    legacy_pid,
+    pickled,
+    pickles,
+    plain,
+    saved,
+    scripted,
+    seeds,
+    storage,
+    tensor,
+    zipped,
 )  # fmt: skip
 from tests.small import small_clip
 
+# TorchScript is read long after torch has ceased to recommend it
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 ROOT = Path(__file__).parents[1]
 CONTAINERS = {"zip": {}, "legacy": {"_use_new_zipfile_serialization": False}}
 OUTSIDE = """
@@ -307,7 +324,7 @@ def test_a_header_needs_neither_torch_nor_numpy(tmp_path):
     code = (
         "import sys; from gmp.files import read_header\n"
         "for path in sys.argv[1:]: assert len(read_header(path).tensors) > 4\n"
-        "assert not {'torch', 'numpy', '_pickle_was_used'} & set(sys.modules)"
+        "assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     command = [sys.executable, "-c", code, *map(str, paths), str(tmp_path / "script.pt")]
     subprocess.run(command, check=True, cwd=ROOT)
@@ -346,8 +363,9 @@ BAD = {
     "a shape of billions": (tensor(shape=(1 << 40, 1 << 40)), "beyond its storage"),
     "a billion times the same item": (tensor(shape=(1 << 30,), stride=(0,)), "is expanded, to more items"),
     "items that repeat": (tensor(shape=(2, 2, 2), stride=(1, 1, 1)), "is expanded, to more items"),
-    "a storage that says too much": (tensor(items=5), "is in a storage of 20 bytes, of which 16 are there"),
-    "a storage of billions": (tensor(items=1 << 62), "bytes, of which 16 are there"),
+    "a storage that says too much": (tensor(items=5), "is in a storage of 20 bytes, and 16 are there"),
+    "a storage that says too little": (tensor(items=3, shape=(3,), stride=(1,)), "storage of 12 bytes, and 16"),
+    "a storage of billions": (tensor(items=1 << 62), "bytes, and 16 are there"),
     "a negative offset": (tensor(offset=-1), "sizes that are no numbers"),
     "a negative size": (tensor(shape=(-2, -2)), "sizes that are no numbers"),
     "a negative stride": (tensor(stride=(-2, 1)), "sizes that are no numbers"),
@@ -366,15 +384,16 @@ BAD = {
     "a negated one": (tensor(metadata={"neg": True}), "is stored negated"),
     "a parameter of nothing": (Made(torch._utils._rebuild_parameter, (1,)), "_rebuild_parameter, which is not read"),
     "another function": (
-        Made(torch._tensor._rebuild_from_type_v2, (os.mkdir, torch.Tensor, ("made",), {})), ".mkdir, which is not read",
+        Made(torch._tensor._rebuild_from_type_v2, (json.loads, torch.Tensor, ("made",), {})),
+        "is made by json.loads, which is not read",
     ),
     "a storage of no kind": (
-        Made(torch._utils._rebuild_tensor_v2, (storage(kind=os.mkdir), 0, (1,), (1,), False, {})),
-        "a kind that is not read (posix.mkdir)",
+        Made(torch._utils._rebuild_tensor_v2, (storage(kind=json.loads), 0, (1,), (1,), False, {})),
+        "a kind that is not read (json.loads)",
     ),
     "a dtype of no kind": (
-        Made(torch._utils._rebuild_tensor_v3, (storage(), 0, (1,), (1,), False, {}, os.mkdir)),
-        "has a dtype that is not read (posix.mkdir)",
+        Made(torch._utils._rebuild_tensor_v3, (storage(), 0, (1,), (1,), False, {}, json.loads)),
+        "has a dtype that is not read (json.loads)",
     ),
     "an outside thing that is no storage": (
         Made(torch._utils._rebuild_tensor_v2, (Stored((1, 2)), 0, (1,), (1,), False, {})), "is not in a storage",
@@ -385,7 +404,7 @@ BAD = {
 @pytest.mark.parametrize(("value", "message"), BAD.values(), ids=BAD)
 def test_what_a_tensor_says_of_itself_is_checked(tmp_path, value, message):
     path = crafted(tmp_path / "a.pt", {"good": tensor(), "b.weight": value})
-    assert f"b.weight {message}" in refusal(path).replace("nt.", "posix.") or message in refusal(path)
+    assert re.search(rf"cannot be read: b\.weight .*{re.escape(message)}", refusal(path))
 
 
 def test_a_crafted_file_without_a_fault_is_read(tmp_path, container):
@@ -588,24 +607,37 @@ def test_members_that_lie_in_each_other(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("signature", "distance", "value"),
     [
-        [(LOCAL, 0, b"PK\3\5")],
-        [(b"archive/data/0", 8, b"Data")],  # both headers
-        [(CENTRAL, 20, b"\xff\xff\xff\x7f"), (CENTRAL, 24, b"\xff\xff\xff\x7f")],  # sizes
-        [(CENTRAL, 42, b"\xf0\xff\xff\x7f")],  # offsets
-        [(END, 16, b"\xff\xff\xff\x7f")],
-        [(END, 12, b"\xff\xff\xff\x7f")],
-        [(CENTRAL, 0, b"PK\1\3")],
-        [(END, 0, b"PK\5\5")],
+        (CENTRAL, 0, b"PK\1\3"),
+        (CENTRAL, 42, b"\xf0\xff\xff\x7f"),  # offsets
+        (END, 0, b"PK\5\5"),
+        (END, 12, b"\xff\xff\xff\x7f"),  # the directory's size
+        (END, 16, b"\xff\xff\xff\x7f"),  # the directory's offset
     ],
 )
-def test_headers_that_do_not_agree(tmp_path, changes):
-    path = archive_of(tmp_path / "a.pt", GOOD)
-    patched(path, *changes)
-    if changes[0][0] == LOCAL:
-        path.write_bytes(LOCAL + path.read_bytes()[4:])
-    assert "a.pt is a" in refusal(path) or "lacks" in refusal(path)
+def test_a_damaged_directory(tmp_path, signature, distance, value):
+    path = patched(archive_of(tmp_path / "a.pt", GOOD), (signature, distance, value))
+    assert re.match(r"a\.pt is a damaged (or truncated )?zip archive", refusal(path))
+
+
+@pytest.mark.parametrize(
+    ("signature", "distance", "value"),
+    [
+        (LOCAL, 0, b"PK\3\5"),
+        (LOCAL, 26, b"\0\0"),  # the name's length
+        (CENTRAL, 20, b"\x11\x01\0\0\x11\x01\0\0"),  # the sizes: beyond the end of the file
+        (CENTRAL, 24, b"\x11\0\0\0"),  # the size: another than that of the bytes, which are not compressed
+        (END, 16, b"\xf0\0\0\0"),  # the directory's offset: members would begin before the file
+    ],
+)
+def test_a_member_is_where_its_directory_says(tmp_path, signature, distance, value):
+    path = archive_of(tmp_path / "a.pt", [("archive/data.pkl", pickled({})), ("archive/data/0", bytes(16))])
+    content = bytearray(path.read_bytes())
+    at = content.rfind(signature) + distance
+    content[at : at + len(value)] = value
+    path.write_bytes(content)
+    assert "zip archive; it has members that are not where its directory says: archive/data" in refusal(path)
 
 
 def test_a_name_that_differs_before_the_bytes(tmp_path):
@@ -633,14 +665,15 @@ def test_a_pickle_that_unpacks_to_gigabytes(tmp_path):
 
 def test_a_pickle_of_another_size_than_declared(tmp_path):
     path = archive_of(tmp_path / "a.pt", [(GOOD[0][0], GOOD[0][1] + b"N" * 9000)], zipfile.ZIP_DEFLATED)
-    patched(path, (CENTRAL, 24, struct.pack("<I", len(GOOD[0][1]))))
-    assert "archive/data.pkl is not what its checksum says" in refusal(path)
+    for length in (len(GOOD[0][1]), len(GOOD[0][1]) + 9001):
+        patched(path, (CENTRAL, 24, struct.pack("<I", length)), (CENTRAL, 16, bytes(4)))  # no checksum either
+        assert "archive/data.pkl is not what its size and checksum say" in refusal(path)
 
 
 def test_a_changed_pickle_is_noticed(tmp_path):
     path = archive_of(tmp_path / "a.pt", GOOD)
     path.write_bytes(path.read_bytes().replace(b"FloatStorage", b"HalfStorage "))
-    assert "archive/data.pkl is not what its checksum says; download it again" in refusal(path)
+    assert "archive/data.pkl is not what its size and checksum say; download it again" in refusal(path)
 
 
 def test_other_archives(tmp_path):
@@ -736,25 +769,10 @@ def test_pickles_of_others(tmp_path):
 
 # Anything at all
 
-SEEDS = seeds()
+KINDS = ("safetensors", "zip", "pickle")
 ANY = settings(
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
-
-
-def assert_header_or_sentence(path: Path, content: bytes) -> bool:
-    """Every tensor of the header lies in the file; or there is one sentence, and no other exception."""
-    path.write_bytes(content)
-    try:
-        header = files.read_header(path)
-    except InputError as error:
-        assert str(error).startswith(path.name) and "\n" not in str(error)
-        return False
-    for name, info in header.tensors.items():
-        assert info.dtype in ITEM_BITS, name
-        assert 0 <= info.start and info.start + info.bytes <= len(content), name
-    describe(header)
-    return True
 
 
 def changed(data: st.DataObject, content: bytes) -> bytes:
@@ -777,28 +795,27 @@ def changed(data: st.DataObject, content: bytes) -> bytes:
     return bytes(result)
 
 
-@pytest.mark.parametrize("kind", SEEDS)
+@pytest.mark.parametrize("kind", KINDS)
 @ANY
 @given(st.data())
 def test_any_change_of_a_file_gives_a_header_or_a_sentence(tmp_path, kind, data):
-    assert_header_or_sentence(tmp_path / "a.pt", changed(data, data.draw(st.sampled_from(SEEDS[kind]))))
+    header_or_sentence(tmp_path / "a.pt", changed(data, data.draw(st.sampled_from(seeds()[kind]))))
 
 
-@pytest.mark.parametrize("kind", SEEDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_files_that_are_changed_are_good_ones(tmp_path, kind):
-    for content in SEEDS[kind]:
-        assert assert_header_or_sentence(tmp_path / "a.pt", content)
+    for content in seeds()[kind]:
+        assert header_or_sentence(tmp_path / "a.pt", content)
 
 
-PICKLES = [zipfile.ZipFile(io.BytesIO(content)).read("archive/data.pkl") for content in SEEDS["zip"]]
 MANY = {str(number): bytes(96) for number in range(32)}
 
 
 @ANY
 @given(st.data())
 def test_any_change_of_the_pickle_inside_gives_a_header_or_a_sentence(tmp_path, data):
-    content = changed(data, data.draw(st.sampled_from(PICKLES)))
-    assert_header_or_sentence(tmp_path / "a.pt", zipped(content, MANY))
+    content = changed(data, data.draw(st.sampled_from(pickles())))
+    header_or_sentence(tmp_path / "a.pt", zipped(content, MANY))
 
 
 numbers = st.one_of(st.integers(-2, 9), st.integers(0, 2**64), st.booleans(), st.none())
@@ -810,7 +827,7 @@ shapes = st.lists(numbers, max_size=4).map(tuple)
 def test_any_numbers_give_tensors_within_their_storage_or_a_sentence(tmp_path, rows):
     value = {f"t{number}": tensor(*row) for number, row in enumerate(rows)}
     content = zipped(pickled(value), {"0": bytes(16), "1": bytes(40)})
-    if assert_header_or_sentence(tmp_path / "a.pt", content):
+    if header_or_sentence(tmp_path / "a.pt", content):
         torch.load(tmp_path / "a.pt", weights_only=True)  # whatever is accepted, torch accepts
 
 
@@ -831,8 +848,8 @@ def test_a_tensor_within_its_storage_is_what_torch_reads(tmp_path, data):
         found = read(path)["a"]
     except InputError as error:
         assert "beyond its storage" in str(error) or "is expanded" in str(error)
-        fits = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) < items
-        assert not fits or torch.Size(shape).numel() > items
+        reached = 0 if 0 in shape else 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+        assert offset + reached > items or torch.Size(shape).numel() > items
     else:
         assert torch.equal(found, torch.load(path, weights_only=True)["a"])
 
@@ -858,7 +875,7 @@ KNOWN = (
 )
 
 
-@settings(max_examples=20000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_safetensors_file_is_accepted_where_the_library_accepts_it(tmp_path, data):
     header, end = {}, 0

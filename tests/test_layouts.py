@@ -585,6 +585,22 @@ def test_a_text_encoder_without_projection_has_its_width_as_embedding_width(tmp_
     assert lost == ["text_projection"]
 
 
+@pytest.mark.parametrize(
+    ("prefix", "width", "member", "activation"),
+    [
+        ("cond_stage_model.model.", 1024, "clip_h", "gelu"),
+        ("cond_stage_model.model.", 768, "clip_l", "quick_gelu"),  # zero123: OpenAI's L/14
+        ("conditioner.embedders.0.model.", 1280, "clip_g", "gelu"),
+        ("conditioner.embedders.0.model.", 1024, "clip_h", "gelu"),  # SD2 in the names of SDXL
+    ],
+)
+def test_a_family_may_hold_another_clip_than_usual(tmp_path, prefix, width, member, activation):
+    config = text_config(hidden_size=width, num_attention_heads=1, intermediate_size=8, num_hidden_layers=1)
+    state = by_hand(CLIPTextModelWithProjection(config).state_dict())
+    found = layouts.read_text(save(prefixed(state, prefix), tmp_path / "a"))
+    assert (found.source.member, found.config.activation) == (member, activation)
+
+
 # ---- damage
 
 

@@ -28,6 +28,7 @@ MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001  # what torch's older files begin 
 
 _PICKLE = re.compile(r"[^/]+/data\.pkl")
 _UNSAFE = re.compile(r"/|.*\\|[A-Za-z]:|(.*/)?\.\.(/|$)|.*[\0-\x1f]", re.DOTALL)
+_BIG = "save it again on a computer with an x86 or ARM processor"
 _PREFER = "give the file that its authors published, best as safetensors"
 
 
@@ -49,7 +50,7 @@ def read_zip(path: Path) -> Header:
         stem = names[0].removesuffix("data.pkl")
         order = members.get(f"{stem}byteorder")
         if order and _content(path, file, order, spans, limit=16) != b"little":
-            raise InputError(f"{path.name} was saved on a big-endian machine; save it again on a common one")
+            raise InputError(f"{path.name} was saved as big-endian; {_BIG}")
         content = _content(path, file, members[names[0]], spans, limit=unpickle.SIZE_LIMIT)
     loaded = unpickle.load(io.BytesIO(content), path.name)
     stored = {name: info for name, info in members.items() if name.startswith(f"{stem}data/")}
@@ -92,7 +93,7 @@ def _members(path: Path) -> dict[str, zipfile.ZipInfo]:
         problems.append(f"several members of one name: {some(repeated)}")
     if links := [info.orig_filename for info in infos if stat.S_ISLNK(info.external_attr >> 16)]:
         problems.append(f"links instead of files: {some(links)}")
-    if secret := [info.orig_filename for info in infos if info.flag_bits & 0x41]:
+    if secret := [info.orig_filename for info in infos if info.flag_bits & 0x2041]:
         problems.append(f"encrypted members: {some(secret)}")
     if problems:
         raise InputError(
@@ -143,7 +144,7 @@ def _content(path: Path, file: BinaryIO, info: zipfile.ZipInfo, spans: dict[str,
         raise InputError(f"{path.name}: {name} is compressed in a way that is not read; pack it again with zip -0")
     # torch can be told to leave the checksums at 0
     if len(content) != info.file_size or (info.CRC and zlib.crc32(content) != info.CRC):
-        raise InputError(f"{path.name} is damaged: {name} is not what its checksum says; download it again")
+        raise InputError(f"{path.name} is damaged: {name} is not what its size and checksum say; download it again")
     return content
 
 
@@ -162,7 +163,7 @@ def read_pickle(path: Path) -> Header:
         if version != VERSION or not isinstance(system, dict):
             raise InputError(f"{name} is of a version of torch's files that is not read; save it again with torch.save")
         if system.get("little_endian") is not True:
-            raise InputError(f"{name} was saved on a big-endian machine; save it again on a common one")
+            raise InputError(f"{name} was saved as big-endian; {_BIG}")
         loaded = unpickle.load(file, name)
         keys = unpickle.load(file, name).value
         storages, end = _storages(name, file, keys, loaded, size)

@@ -135,8 +135,8 @@ def _placed(path: Path, dtype: str, geometry: tuple[Any, ...], stored: Reference
         raise ValueError("has no shape with a stride for each size")
     if not _are_sizes((offset, *shape, *stride)):
         raise ValueError("has sizes that are no numbers")
-    if stored.bytes > whole.bytes:
-        raise ValueError(f"is in a storage of {stored.bytes:,} bytes, of which {whole.bytes:,} are there")
+    if stored.bytes != whole.bytes:  # torch refuses it too
+        raise ValueError(f"is in a storage of {stored.bytes:,} bytes, and {whole.bytes:,} are there")
     begin, part = (items * ITEM_BITS[stored.dtype] // 8 for items in (stored.first, stored.length))
     item = ITEM_BITS[dtype] // 8
     available, count = part // item, math.prod(shape)

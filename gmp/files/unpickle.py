@@ -179,8 +179,6 @@ class _Machine:
 
     def set_items(self, flat: list[Any]) -> None:
         target = self.stack[-1]
-        if len(flat) % 2:
-            raise ValueError("a key lacks its value")
         pairs = zip(flat[::2], flat[1::2], strict=True)
         if isinstance(target, dict):
             self.update(target, pairs)

@@ -46,7 +46,7 @@ def _text(text: dict[str, Any]) -> dict[str, Any]:
         "hidden_act": text["activation"],
         "layer_norm_eps": 1e-5,
         "bos_token_id": text["vocab_size"] - 2 if end is None else end - 1,
-        "eos_token_id": text["vocab_size"] - 1 if end is None else end,
+        "eos_token_id": 2 if end is None else end,  # for 2, as in OpenAI's, transformers takes the largest id
         "pad_token_id": 1,  # as in OpenAI's; transformers does not use it
     }
 
@@ -54,6 +54,8 @@ def _text(text: dict[str, Any]) -> dict[str, Any]:
 def open_clip(config: dict[str, Any], projected: bool) -> dict[str, Any]:
     """OpenCLIP's config for both towers."""
     text, vision = config["text"], config["vision"]
+    end = text["end_of_text"]
+    pooled = {} if end in (None, text["vocab_size"] - 1) else {"pool_type": "eos", "eos_id": end}  # else the largest id
     return {
         "model_cfg": {
             "embed_dim": text["embed_dim"],
@@ -73,6 +75,7 @@ def open_clip(config: dict[str, Any], projected: bool) -> dict[str, Any]:
                 "heads": text["heads"],
                 "layers": text["layers"],
                 "mlp_ratio": _ratio(text),
+                **pooled,
             },
         },
         "preprocess_cfg": {

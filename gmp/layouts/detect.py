@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from ..architectures import DEPTHS, LONG_KEPT
+from ..architectures import DEPTHS, LONG_KEPT, OPENAI_WIDTHS
 from ..files import Header
 from . import huggingface, kinds, open_clip, openai, single_file
 from .canonical import LENT, STACK, Piece, Shape, expected, sizes_of, some
@@ -23,6 +23,7 @@ PLACES = (*openai.PLACES, *huggingface.PLACES, *open_clip.PLACES, *single_file.P
 # What quantisers leave beside their weights; the scales themselves are read.
 QUANTISED = ("scaled_fp8", "scale_input", "input_scale", "comfy_quant")
 BUFFERS = (*openai.BUFFERS, *huggingface.BUFFERS, *QUANTISED)
+MEMBERS = {768: "clip_l", 1024: "clip_h", 1280: "clip_g"}  # by width
 SCALES = ("scale_weight", "weight_scale")
 DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 NAMES = {"text": "text encoder", "vision": "vision tower"}
@@ -136,6 +137,7 @@ def _part(place: Place, blocks: set[int], header: Header) -> Part:
     shapes = {name: shape_of(name, piece, header) for name, piece in pieces.items()}
     sizes, contradictions = sizes_of(place.tower, names, shapes)
     width = sizes.get("width", 0)
+    place = _for_width(place, width)
     member = (place.member or _member(width)) if place.tower == "text" else None
     if member == "clip_h" and blocks == set(range(DEPTHS[1024] - 1)):  # SD2 as diffusers writes it
         missing += (f"{STACK['text']}.{DEPTHS[1024] - 1}",)
@@ -215,7 +217,18 @@ def shape_of(name: str, piece: Piece, header: Header) -> Shape:
 
 def _member(width: int) -> str:
     """What a text encoder in a file of its own is called, by its width."""
-    return {1024: "clip_h", 1280: "clip_g"}.get(width, "clip_l")
+    return MEMBERS.get(width, "clip_l")
+
+
+def _for_width(place: Place, width: int) -> Place:
+    """The place for a tower of this width: a few models keep another CLIP where their family has its own.
+
+    zero123 and SD 2.1 unCLIP-L have OpenAI's where Stable Diffusion 2 has LAION's.
+    """
+    other = place.member and MEMBERS.get(width, place.member) != place.member
+    if other or (place.tower == "vision" and width == OPENAI_WIDTHS["vision"]):
+        return replace(place, member=None, activation=None)
+    return place
 
 
 def _nothing_found(kind: str, elsewhere: str, keys: Collection[str]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .. import __version__, files
 from ..errors import InputError
-from .canonical import some
+from .canonical import block_name, some
 from .detect import describe, shape_of
 from .write import DTYPES, parts
 
@@ -41,6 +41,8 @@ def insert_text(
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     header = files.read_header(checkpoint)
     name = header.path.name
+    if header.container == "folder":
+        raise InputError(f"{name} is a folder, not a checkpoint in one file; write a huggingface_folder in its place")
     part = describe(header).text.get(member)
     if part is None:
         raise InputError(f"{name} holds no {member} to replace; it holds {some(describe(header).text) or 'none'}")
@@ -55,6 +57,9 @@ def insert_text(
     ]
     lost = part.pieces.keys() - state.keys() - {"text_projection", "logit_scale"}
     wrong += [f"{each} is missing" for each in sorted(lost)]
+    # SD2's checkpoints may end before clip_h's last block, which SD2 does not read
+    blocks = {f"{at[0]}.{at[1]}" for each in state if (at := block_name(each)) and at[1] >= part.layers}
+    wrong += [f"{block} has no place" for block in sorted(blocks.difference(part.missing))]
     if wrong:
         raise InputError(f"{name}: the text encoder does not fit its {member}: {some(wrong)}")
 

@@ -109,7 +109,7 @@ def _huggingface(config: dict[str, Any], tower: str) -> dict[str, Any]:
     fields = config
     if nested := config.get(f"{tower}_config") or config.get(f"{tower}_config_dict"):
         fields = _mapping(nested) | _mapping(config.get(f"{tower}_config_dict"))
-    end = fields.get("eos_token_id")
+    end = fields.get("eos_token_id", 49407)
     usual = {"layer_norm_eps": (1e-5,)}
     return {
         "other": _unusual(fields, usual),

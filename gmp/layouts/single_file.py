@@ -24,7 +24,8 @@ _PREFIXES = (
     *((f"{outer}clip_g.transformer.", f"{outer}clip_g.", huggingface.piece, _G) for outer in _NESTED),
     *((f"{outer}clip_h.transformer.", f"{outer}clip_h.", huggingface.piece, _H) for outer in _NESTED),
 )
-_SEEING = ("embedder.model.", "conditioner.embedders.0.open_clip.model.")  # unCLIP; Stable Video Diffusion
+# SD 2.1 unCLIP; Stable Video Diffusion; zero123
+_SEEING = ("embedder.model.", "conditioner.embedders.0.open_clip.model.", "cond_stage_model.model.")
 _FOLDERS = ("text_encoder/", "text_encoder_2/", "text_encoder_3/")
 
 PLACES = (
@@ -33,7 +34,11 @@ PLACES = (
         for prefix, root, piece, kind in _PREFIXES
         for level in (("", "text_model.") if piece is huggingface.piece else ("",))
     ),
-    *(Place("single_file", "vision", openai.piece, root=root, activation="gelu") for root in _SEEING),
+    *(
+        Place("single_file", "vision", piece, root=root, activation="gelu")
+        for outer in _SEEING
+        for root, piece in ((outer, openai.piece), (f"{outer}visual.", huggingface.piece))  # as ComfyUI saves it
+    ),
     *(
         Place("diffusers", "text", huggingface.piece, prefix=folder, root=folder, level=level)
         for folder in _FOLDERS

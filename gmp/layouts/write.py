@@ -100,8 +100,14 @@ def _write(
             f"cannot write {name}: layout gmp is for a state with r and theta, in fp32; "
             f"this is {'one' if geometric else 'a state with plain weights'}, in {dtype}"
         )
-    if layout == "open_clip_folder" and len(towers) < 2:
-        raise InputError(f"cannot write {name}: OpenCLIP's folder is of both towers; write the whole CLIP")
+    if layout == "open_clip_folder":
+        if len(towers) < 2:
+            raise InputError(f"cannot write {name}: OpenCLIP's folder is of both towers; write the whole CLIP")
+        activations = {config[tower]["activation"] for tower in towers}
+        if len(activations) > 1:
+            raise InputError(
+                f"cannot write {name}: OpenCLIP has one activation for both towers, not {some(activations)}"
+            )
     if problems := _unwritable(state, towers, config):
         raise InputError(f"cannot write {name}: {'; '.join(problems)}")
     plain = fold_state(state) if geometric and layout != "gmp" else state
