@@ -1,4 +1,4 @@
-"""Everything a developer does: `python dev.py demo | test | lint | bench`. Standard library only.
+"""Everything a developer does: `python dev.py demo | test | lint | bench | fuzz`. Standard library only.
 
 Makes `.venv` beside this file on the first call and installs what `requirements-dev.txt` lists; later calls reuse it.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+ATHERIS = "atheris==3.0.0"
 STAMP = VENV / "installed.sha256"
 REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
 PEERS = "requirements-peers.txt"  # libraries to test against; their own requirements would move torch
@@ -84,7 +85,8 @@ def main() -> int:
         "demo": "repair the shipped ruined text encoder and print before and after; --json for figures",
         "test": "ruff, engine tests, and JavaScript checks if node is there; more arguments go to pytest",
         "lint": "ruff alone",
-        "bench": "benchmarks, by name: quality",
+        "bench": "benchmarks, by name: files, quality",
+        "fuzz": "damaged and hostile model files, guided by coverage; --seconds N (600)",
     }.items():
         commands.add_parser(name, help=text, add_help=False)
     options, rest = parser.parse_known_args()
@@ -97,7 +99,15 @@ def main() -> int:
         return lint()
     if options.command == "test":
         return test(rest)
-    return bench(rest)
+    return fuzz(rest) if options.command == "fuzz" else bench(rest)
+
+
+def fuzz(arguments: list[str]) -> int:
+    """Installs atheris on its first call: it is there for Linux and macOS only, and nothing else needs it."""
+    if subprocess.run([PYTHON, "-c", "import atheris"], capture_output=True).returncode:
+        if run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", ATHERIS):
+            sys.exit(f"could not install {ATHERIS}; see above")
+    return run(PYTHON, ROOT / "tests" / "fuzz" / "fuzz_files.py", *arguments)
 
 
 def bench(arguments: list[str]) -> int:

@@ -117,9 +117,13 @@ def _tower(part: Part, header: Header) -> Tower:
 
 
 def _sizes(part: Part) -> str:
-    what = f"{part.layers} blocks of width {part.sizes.get('width', '?')}"
+    what = f"{_blocks(part.layers)} of width {part.sizes.get('width', '?')}"
     pixels = image_size(part.sizes)
     return f"{what}, patches of {part.sizes['patch']}, pictures of {pixels} pixels" if pixels else what
+
+
+def _blocks(count: int) -> str:
+    return f"{count} block{'s'[: count != 1]}"
 
 
 def _what(contents: Contents, towers: tuple[Tower, ...]) -> str:
@@ -174,9 +178,9 @@ def lines(inspection: Inspection) -> list[str]:
     result = [f"{inspection.file}: {inspection.what}"]
     for tower in inspection.towers:
         dtypes = ", ".join(f"{count} {dtype}" for dtype, count in tower.dtypes.items())
-        settled = f", {tower.heads} heads, {tower.activation}" if tower.heads else ""
+        settled = f", {tower.heads} head{'s'[: tower.heads != 1]}, {tower.activation}" if tower.heads else ""
         result.append(
-            f"  {tower.member or 'vision'}: {tower.layers} blocks{settled}, "
+            f"  {tower.member or 'vision'}: {_blocks(tower.layers)}{settled}, "
             + ", ".join(f"{name} {size}" for name, size in tower.sizes.items())
             + f"; {tower.parameters:,} parameters, stored as {dtypes}"
         )

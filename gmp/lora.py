@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from . import __version__, files
-from .errors import InputError
+from .errors import InputError, some
 from .events import Event
 from .geometric import fold_state
 from .layouts import Source, TowerFile, huggingface
-from .layouts.canonical import LENT, block_name, expected, sizes_of, some, take_apart
+from .layouts.canonical import LENT, block_name, expected, sizes_of, take_apart
 
 # kohya's names of the text encoders. ComfyUI takes lora_te1 for clip_l in every model, also in SD1, and lora_te2 for
 # clip_g where clip_l is beside it (SDXL, SD3); in an SDXL refiner, whose clip_g is alone, it does not know lora_te2.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import routes
+from . import host, routes
 from .dataset import CaptionDataset, DatasetFromLists
 from .demo import DemoWorld
+from .inspect import InspectFile
 from .join import ReassembleCLIP
 from .load import LoadTextEncoder, LoadVisionTower, TextEncoderFromCLIP
 from .repair import Repair
-from .result import ApplyToCLIP, RepairedTextEncoder, SaveTextEncoder
+from .result import ApplyToCLIP, RepairedTextEncoder
+from .save import SaveTextEncoder
 
 NODES: list[type[io.ComfyNode]] = [
     LoadTextEncoder,
@@ -23,6 +25,7 @@ NODES: list[type[io.ComfyNode]] = [
     RepairedTextEncoder,
     ApplyToCLIP,
     SaveTextEncoder,
+    InspectFile,
     DemoWorld,
 ]
 
@@ -33,5 +36,6 @@ class _Extension(ComfyExtension):
 
 
 def extension() -> ComfyExtension:
+    host.add_model_folders()
     routes.register()
     return _Extension()

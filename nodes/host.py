@@ -26,47 +26,114 @@ from torch import Tensor
 from ..gmp.clip import TextConfig, text_config_from
 from ..gmp.errors import InputError
 from ..gmp.features import state_key
+from ..gmp.files.folder import WEIGHTS
 from ..gmp.layouts import Source, TowerFile, huggingface
 from ..gmp.layouts.canonical import LENT, assemble, expected, take_apart
 from ..gmp.tokenizer import END_ID, START_ID, Tokens, has_special, plain
 
 MEMBERS = ("clip_l", "clip_g", "clip_h")
 NOTHING = "(none found)"  # the one choice of a menu without files
+# Whose kinds of model a menu lists: the names of the first kind as they are, those of the others below its name.
+MENUS = {
+    "text": ("text_encoders", "checkpoints", "diffusers", "gmp"),
+    "vision": ("clip_vision", "text_encoders", "checkpoints", "diffusers", "gmp"),
+    "checkpoint": ("checkpoints",),
+    "any": (
+        "text_encoders",
+        "checkpoints",
+        "clip_vision",
+        "loras",
+        "diffusion_models",
+        "upscale_models",
+        "vae",
+        "diffusers",
+        "gmp",
+    ),
+}
+# The folders of the output folder in which ComfyUI looks for a kind of model too.
+SAVED = {
+    "text_encoders": "clip",
+    "loras": "loras",
+    "checkpoints": "checkpoints",
+    "diffusers": "diffusers",
+    "gmp": "gmp",
+}
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def model_files(first: str, second: str) -> list[str]:
-    """Names for a menu: those of the first kind of model as they are, those of the second below the kind's name."""
-    names = _files(first) + [f"{second}/{name}" for name in _files(second)]
-    return names or [NOTHING]
+def add_model_folders() -> None:
+    """Makes ComfyUI know the folders below models/ and output/ that Save Text Encoder writes and no loader lists yet.
+
+    GmP files have a folder of their own: ComfyUI's loaders do not know r and theta and end in an error.
+    """
+    output = folder_paths.get_output_directory()
+    folder_paths.add_model_folder_path("gmp", os.path.join(folder_paths.models_dir, "gmp"))
+    folder_paths.add_model_folder_path("gmp", os.path.join(output, "gmp"))
+    folder_paths.folder_names_and_paths["gmp"][1].update(folder_paths.supported_pt_extensions)
+    folder_paths.add_model_folder_path("diffusers", os.path.join(output, "diffusers"))
 
 
-def _files(kind: str) -> list[str]:
+def menu(role: str) -> list[str]:
+    """Names for the menu of a role in `MENUS`."""
+    return list(_menu(role)) or [NOTHING]
+
+
+def _menu(role: str) -> dict[str, tuple[str, str]]:
+    """Name in the menu -> kind of model, and name among these."""
+    first, *others = MENUS[role]
+    found = {name: (first, name) for name in _names(first)}
+    for kind in others:
+        for name in _names(kind):
+            found.setdefault(f"{kind}/{name}", (kind, name))
+    return found
+
+
+def _names(kind: str) -> list[str]:
+    if kind == "diffusers":
+        return sorted(_model_folders())
     try:
         return folder_paths.get_filename_list(kind)
     except FileNotFoundError:  # one of its folders was deleted while ComfyUI runs, which its cache does not expect
         return []
 
 
-def model_path(name: str, first: str, second: str) -> Path:
-    """The file of a name that `model_files` gave."""
-    kind, rest = (second, name.removeprefix(f"{second}/")) if name.startswith(f"{second}/") else (first, name)
+def _model_folders() -> dict[str, Path]:
+    """The folders with a model in models/diffusers and output/diffusers; the parts of a pipeline count as one."""
+    found: dict[str, Path] = {}
+    for root in map(Path, folder_paths.get_folder_paths("diffusers")):
+        for folder, below, files in os.walk(root, followlinks=True):
+            below[:] = [name for name in below if not name.startswith(".")]  # caches of downloads
+            if Path(folder) != root and _is_model(files):
+                found.setdefault(Path(folder).relative_to(root).as_posix(), Path(folder))
+                below.clear()
+    return found
+
+
+def _is_model(files: list[str]) -> bool:
+    """Whether these are the files of a model's folder."""
+    weights = any(pattern.fullmatch(name) for name in files for pattern in WEIGHTS)
+    return weights or any(name == "model_index.json" or name.endswith(".index.json") for name in files)
+
+
+def model_path(role: str, name: str) -> Path:
+    """The file or folder of a name in a menu. Raises InputError for any other name."""
+    folders = ", ".join(f"models/{kind}" for kind in MENUS[role])
     if name == NOTHING:
-        raise InputError(f"models/{first} and models/{second} hold no files; put one there and press R in the page.")
-    path = folder_paths.get_full_path(kind, rest)
+        raise InputError(f"There is no model in {folders}; put one there and press R in the page.")
+    kind, rest = _menu(role).get(name, ("", ""))
+    path = _model_folders().get(rest) if kind == "diffusers" else folder_paths.get_full_path(kind, rest)
     if path is None:
-        raise InputError(
-            f"There is no file {name} in models/{first} or models/{second}; put it there or choose another."
-        )
+        raise InputError(f"{name} is not in {folders}; put it there or choose another.")
     return Path(path)
 
 
 def stamp(path: Path) -> str:
-    """Changes with the file."""
-    info = path.stat()
-    return f"{path} {info.st_size} {info.st_mtime_ns}"
+    """Changes with the file, or with any file in the folder."""
+    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+    states = [(one, one.stat()) for one in files]
+    return "\n".join(f"{one} {state.st_size} {state.st_mtime_ns}" for one, state in states)
 
 
 def input_folders() -> list[str]:
@@ -97,13 +164,28 @@ def cache_folder() -> Path:
     return Path(folder_paths.get_system_user_directory("gmp"))
 
 
-def save_path(prefix: str) -> tuple[Path, str]:
-    """A new file in the output folder, its folders made, and its name relative to that folder."""
-    root = folder_paths.get_output_directory()
-    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root)
-    while (path := Path(folder) / f"{name}_{counter:05}_.safetensors").exists():
+def save_path(kind: str, prefix: str, place: str, suffix: str = ".safetensors") -> tuple[Path, str, str]:
+    """A fresh path for a model, its folder made; what to call it; and its name in the menus of its kind.
+
+    place: "output" or "models". prefix: folder and beginning of the name below the folder of the kind; the name of such
+    a folder at its beginning stands for that folder. Raises InputError for one that leads out of it, or names nothing.
+    """
+    plain = prefix.replace("\\", "/")
+    first, slash, rest = plain.partition("/")
+    inside = Path(os.path.normpath(rest if slash and first in {*SAVED, *SAVED.values()} else plain))
+    if not inside.name or inside.is_absolute() or inside.drive or ".." in inside.parts:
+        raise InputError(f"filename_prefix {prefix!r} names no file below {place}; give one such as clip/repaired.")
+    output = os.path.abspath(folder_paths.get_output_directory())
+    if place == "output":
+        root = os.path.join(output, SAVED[kind])
+    else:
+        folders = [os.path.abspath(folder) for folder in folder_paths.get_folder_paths(kind)]
+        root = next((folder for folder in folders if not Path(folder).is_relative_to(output)), folders[0])
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(str(inside), root)
+    while (path := Path(folder) / f"{name}_{counter:05}_{suffix}").exists():
         counter += 1
-    return path, (Path(subfolder) / path.name).as_posix()
+    listed = (Path(subfolder) / path.name).as_posix()
+    return path, f"{place}/{Path(root).name}/{listed}", listed
 
 
 def without_folders(text: str) -> str:

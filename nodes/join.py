@@ -24,15 +24,24 @@ class ReassembleCLIP(io.ComfyNode):
             inputs=[
                 TextEncoder.Input("text_encoder", tooltip="The text encoder to repair."),
                 VisionTower.Input("vision_tower", tooltip="The vision tower that it was trained with."),
+                TextEncoder.Input(
+                    "original",
+                    optional=True,
+                    tooltip="The text encoder from before it broke, where the vision tower's file has none or another "
+                    "is to lend the text projection and the logit scale, and to be the anchor.",
+                ),
             ],
             outputs=[ReassembledCLIP.Output(display_name="gmp_clip", tooltip="A whole CLIP, for GmP Repair.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, text_encoder: TowerFile, vision_tower: VisionPart) -> io.NodeOutput:
+    def execute(
+        cls, text_encoder: TowerFile, vision_tower: VisionPart, original: TowerFile | None = None
+    ) -> io.NodeOutput:
+        parts = ClipParts(text_encoder, vision_tower.vision, original or vision_tower.original)
         with torch.inference_mode(False):
-            joined = join(text_encoder, vision_tower.vision, vision_tower.original)
+            joined = join(parts.text, parts.vision, parts.original)
+        anchor = f"anchor ← {parts.original.source.path}" if parts.original else "anchor: none, no file has an original"
         lines = [f"{origin.name} ← {origin.source}: {origin.reason}" for origin in joined.report]
-        parts = ClipParts(text_encoder, vision_tower.vision, vision_tower.original)
-        return routes.with_text(cls, "\n· ".join([*lines, *joined.assumptions]), parts)
+        return routes.with_text(cls, "\n· ".join([*lines, anchor, *joined.assumptions]), parts)

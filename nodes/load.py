@@ -6,12 +6,9 @@ import torch
 from comfy_api.latest import io
 
 from ..gmp.files import read_header
-from ..gmp.layouts import describe, read_text, read_vision
+from ..gmp.layouts import Source, describe, read_text, read_vision
 from . import host, routes
 from .sockets import CATEGORY, TextEncoder, VisionPart, VisionTower
-
-_TEXT_FILES = ("text_encoders", "checkpoints")
-_VISION_FILES = ("clip_vision", "text_encoders")
 
 
 def _shape_inputs() -> list[io.Input]:
@@ -41,7 +38,7 @@ def _shape(heads: int, activation: str) -> dict[str, object]:
     return {"heads": heads or None, "activation": None if activation == "auto" else activation}
 
 
-def _facts(source) -> str:
+def _facts(source: Source) -> str:
     lines = [
         f"{source.path}: {source.member or 'vision tower'}, layout {source.layout}",
         *source.assumptions,
@@ -59,18 +56,20 @@ class LoadTextEncoder(io.ComfyNode):
             node_id="GmPLoadTextEncoder",
             display_name="Load Text Encoder (GmP)",
             category=CATEGORY,
-            description="Reads the CLIP text encoder to repair, in full precision, from its own file or from an SDXL, "
-            "SD1 or SD3 checkpoint. Tells what the file holds and what had to be assumed.",
+            description="Reads the CLIP text encoder to repair, in full precision, from its own file, a full CLIP, an "
+            "SDXL, SD1, SD2 or SD3 checkpoint, or a diffusers folder. Tells what the file holds before anything is "
+            "queued, and what had to be assumed.",
             search_aliases=["clip loader", "text encoder", "TE", "clip_l", "clip_g", "gmp", "fine-tune clip"],
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=host.model_files(*_TEXT_FILES),
-                    tooltip="A file of models/text_encoders, or a checkpoint.",
+                    options=host.menu("text"),
+                    tooltip="A file of models/text_encoders; or a checkpoint, a diffusers folder or a GmP file, below "
+                    "the name of their folder.",
                 ),
                 io.Combo.Input(
                     "member",
-                    options=["auto", "clip_l", "clip_g"],
+                    options=["auto", *host.MEMBERS],
                     default="auto",
                     tooltip="Which text encoder, where the file holds several. auto takes the only one, or clip_l.",
                 ),
@@ -82,12 +81,12 @@ class LoadTextEncoder(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_) -> str:
-        return host.stamp(host.model_path(file, *_TEXT_FILES))
+        return host.stamp(host.model_path("text", file))
 
     @classmethod
     def execute(cls, file: str, member: str, heads: int = 0, activation: str = "auto") -> io.NodeOutput:
         with torch.inference_mode(False):
-            path = host.model_path(file, *_TEXT_FILES)
+            path = host.model_path("text", file)
             encoder = read_text(path, None if member == "auto" else member, **_shape(heads, activation))
         return routes.with_text(cls, _facts(encoder.source), encoder)
 
@@ -103,10 +102,10 @@ class TextEncoderFromCLIP(io.ComfyNode):
             "back, connect the CLIP from before these LoRAs to Apply to CLIP.",
             search_aliases=["extract text encoder", "clip to text encoder", "bake lora", "TE", "gmp"],
             inputs=[
-                io.Clip.Input("clip", tooltip="A CLIP with clip_l or clip_g."),
+                io.Clip.Input("clip", tooltip="A CLIP with clip_l, clip_g or clip_h."),
                 io.Combo.Input(
                     "member",
-                    options=["auto", "clip_l", "clip_g"],
+                    options=["auto", *host.MEMBERS],
                     default="auto",
                     tooltip="Which of its text encoders. auto takes the only one, or clip_l.",
                 ),
@@ -131,13 +130,14 @@ class LoadVisionTower(io.ComfyNode):
             category=CATEGORY,
             description="Reads the vision tower that the text encoder was trained with. Best is the full original "
             "CLIP: its own text tower then lends the projection that text-encoder files lack, "
-            "and keeps the repair anchored.",
+            "and keeps the repair anchored. Tells what the file holds before anything is queued.",
             search_aliases=["clip vision", "image encoder", "original clip", "ViT-L-14", "gmp"],
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=host.model_files(*_VISION_FILES),
-                    tooltip="A file of models/clip_vision, or a full CLIP in models/text_encoders.",
+                    options=host.menu("vision"),
+                    tooltip="A file of models/clip_vision; or a full CLIP in models/text_encoders, a checkpoint, a "
+                    "model folder or a GmP file, below the name of their folder.",
                 ),
                 *_shape_inputs(),
             ],
@@ -152,14 +152,23 @@ class LoadVisionTower(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_) -> str:
-        return host.stamp(host.model_path(file, *_VISION_FILES))
+        return host.stamp(host.model_path("vision", file))
 
     @classmethod
     def execute(cls, file: str, heads: int = 0, activation: str = "auto") -> io.NodeOutput:
         with torch.inference_mode(False):
-            path = host.model_path(file, *_VISION_FILES)
+            path = host.model_path("vision", file)
             vision = read_vision(path, **_shape(heads, activation))
-            full = bool(describe(read_header(path)).text)
-            original = read_text(path, activation=_shape(0, activation)["activation"]) if full else None
-        lends = "a full CLIP: its text tower lends and anchors" if full else "no text tower in it: nothing to anchor to"
-        return routes.with_text(cls, f"{_facts(vision.source)}\n· {lends}", VisionPart(vision, original))
+            members = list(describe(read_header(path)).text)
+            original = None
+            if len(members) == 1:  # of several it is not told which one the vision tower was trained with
+                original = read_text(path, activation=_shape(0, activation)["activation"])
+        return routes.with_text(cls, f"{_facts(vision.source)}\n· {_lends(members)}", VisionPart(vision, original))
+
+
+def _lends(members: list[str]) -> str:
+    if len(members) > 1:
+        return f"{', '.join(members)} in it: connect the one it belongs to as original of Reassemble CLIP"
+    if members:
+        return "a full CLIP: its text tower lends and anchors"
+    return "no text tower in it: nothing to anchor to, unless Reassemble CLIP is given an original"

@@ -1,8 +1,7 @@
-"""What a repair gives: a text encoder, put into a CLIP or written to a file."""
+"""What a repair gives: a text encoder, put into a CLIP."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from comfy_api.latest import io
 
 from ..gmp.checkpoint import list_checkpoints
 from ..gmp.errors import InputError
-from ..gmp.layouts import TowerFile, read_text, write_text
+from ..gmp.layouts import TowerFile, read_text
 from ..gmp.run import BEST, RESULT
 from . import host, routes, runs
 from .sockets import CATEGORY, Run, RunHandle, TextEncoder
@@ -125,7 +124,7 @@ class ApplyToCLIP(io.ComfyNode):
                 TextEncoder.Input("text_encoder", tooltip="A text encoder of the same shape."),
                 io.Combo.Input(
                     "member",
-                    options=["auto", "clip_l", "clip_g"],
+                    options=["auto", *host.MEMBERS],
                     default="auto",
                     tooltip="Which encoder of the CLIP it replaces. auto takes the one that it is.",
                 ),
@@ -150,55 +149,3 @@ class ApplyToCLIP(io.ComfyNode):
             member = text_encoder.source.member or "auto"
         with torch.inference_mode(False):
             return io.NodeOutput(host.patch_clip(clip, host.member_of(clip, member), text_encoder, strength))
-
-
-class SaveTextEncoder(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="GmPSaveTextEncoder",
-            display_name="Save Text Encoder (GmP)",
-            category=CATEGORY,
-            description="Writes a text encoder as a safetensors file into the output folder. With a prefix below "
-            "clip/, ComfyUI's own CLIP loaders list it at once. Nothing is overwritten.",
-            search_aliases=["export text encoder", "save clip", "write safetensors", "gmp"],
-            is_output_node=True,
-            inputs=[
-                TextEncoder.Input("text_encoder", tooltip="What to write."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="clip/repaired",
-                    tooltip="Folder and beginning of the name, in the output folder.",
-                ),
-                io.Combo.Input(
-                    "dtype",
-                    options=["fp32", "fp16", "bf16"],
-                    default="fp32",
-                    tooltip="fp16 halves the file and is what most programs compute with.",
-                ),
-                io.Combo.Input(
-                    "layout",
-                    options=["huggingface", "openai"],
-                    default="huggingface",
-                    tooltip="Names of the tensors. huggingface is understood by ComfyUI and most programs.",
-                ),
-            ],
-            outputs=[],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
-        )
-
-    @classmethod
-    def execute(cls, text_encoder: TowerFile, filename_prefix: str, dtype: str, layout: str) -> io.NodeOutput:
-        path, name = host.save_path(filename_prefix)
-        source = text_encoder.source
-        metadata = source.metadata | host.workflow_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
-        metadata["gmp_source"] = json.dumps({"file": source.path, "sha256": source.sha256, "notes": source.notes})
-        write_text(
-            text_encoder.state,
-            path,
-            layout=layout,
-            dtype=dtype,
-            config=text_encoder.config,
-            metadata=metadata,
-        )
-        return routes.with_text(cls, f"output/{name}")

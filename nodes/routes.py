@@ -3,6 +3,7 @@
     GET  /gmp/runs             every run: id, state, step
     GET  /gmp/runs/{id}        one run and its newest event
     POST /gmp/runs/{id}/stop   asks it to stop at the next step, where it saves itself
+    GET  /gmp/file?role=&name= what a file is; role: a menu of `host.MENUS`, name: one that this menu lists
 
 Events go out as `gmp.run`. A run is told by its id; no path leaves the server.
 """
@@ -19,7 +20,8 @@ from comfy_api.latest import io, ui
 from server import PromptServer
 
 from ..gmp import telemetry
-from . import host, runs
+from ..gmp.errors import InputError
+from . import files, host, runs
 
 _ID = re.compile(r"[0-9a-f]{16}")
 log = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ def register() -> None:
     table.get("/gmp/runs")(_list)
     table.get("/gmp/runs/{id}")(_show)
     table.post("/gmp/runs/{id}/stop")(_stop)
+    table.get("/gmp/file")(_file)
     runs.listen(_publish)
 
 
@@ -109,3 +112,13 @@ async def _stop(request: web.Request) -> web.Response:
         raise web.HTTPConflict(text="this run is not running")
     worker.stop()
     return web.json_response(_state(run))
+
+
+async def _file(request: web.Request) -> web.Response:
+    role, name = request.query.get("role", ""), request.query.get("name", "")
+    if role not in host.MENUS:
+        raise web.HTTPNotFound(text="there is no such role")
+    try:
+        return web.json_response(await asyncio.to_thread(files.look, role, name))
+    except InputError as error:
+        raise web.HTTPNotFound(text="no menu lists such a file") from error

@@ -123,6 +123,7 @@ def other_zip() -> bytes:
         (b"", "is empty"),
         (other_zip(), "is a zip archive"),
         (b"GGUF" + bytes(60), "is a GGUF file"),
+        (bytes(257) + b"ustar\x0000" + bytes(300), "is a tar archive"),
         (b"\x89PNG\r\n\x1a\n" + bytes(60), "is a PNG picture"),
         (b"<!DOCTYPE html><html><body>log in</body></html>", "is a web page"),
         (b"\n <html><body>log in</body></html>", "is a web page"),

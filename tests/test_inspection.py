@@ -56,7 +56,7 @@ def test_a_text_encoder_tells_what_it_lacks_and_which_original_it_needs(tmp_path
     lacking = {n: t for n, t in text_of(wide.state_dict()).items() if n not in ("text_projection", "logit_scale")}
     write_text(lacking, tmp_path / "te.safetensors", config=config, dtype="fp16")
     answer = told(tmp_path / "te.safetensors")
-    assert "text encoder: clip_l (1 blocks of width 768); Hugging Face names" in answer
+    assert "text encoder: clip_l (1 block of width 768); Hugging Face names" in answer
     assert "lacks text_projection, logit_scale: the original CLIP lends it" in answer
     assert "Flux (pooled)" in answer and "stored as 20 F16" in answer
     assert "give it as --text te.safetensors" in answer
@@ -65,8 +65,8 @@ def test_a_text_encoder_tells_what_it_lacks_and_which_original_it_needs(tmp_path
 def test_what_had_to_be_assumed_is_said_with_the_option_that_sets_it(tmp_path, state):
     save_file({n: t.contiguous() for n, t in text_of(state).items()}, tmp_path / "a.safetensors")
     assert "activation quick_gelu assumed" in told(tmp_path / "a.safetensors")
-    assert "pass --activation gelu" in told(tmp_path / "a.safetensors")
-    assert "pass --heads" in told(tmp_path / "a.safetensors")
+    assert "for LAION models set gelu (--activation)" in told(tmp_path / "a.safetensors")
+    assert "set heads otherwise (--heads)" in told(tmp_path / "a.safetensors")
 
 
 def test_a_gmp_file_says_that_comfyui_cannot_read_it_and_how_to_fold_it(tmp_path, state):

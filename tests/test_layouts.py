@@ -528,16 +528,16 @@ def test_heads_and_activation_who_knows_them_in_order(tmp_path, canonical, confi
     bare = layouts.read_text(save(state, path), heads=4)
     assert bare.config.activation == "quick_gelu"
     assert bare.source.assumptions == (
-        "activation quick_gelu assumed: a file with these names does not say; pass --activation gelu for LAION models",
+        "activation quick_gelu assumed: a file with these names does not say; for LAION models set gelu (--activation)",
     )
-    with pytest.raises(InputError, match="text tower of width 32 does not tell its number of heads; pass --heads"):
+    with pytest.raises(InputError, match="width 32 does not tell its number of heads; set heads .--heads"):
         layouts.read_text(path)
     with pytest.raises(InputError, match="5 attention heads do not divide the text tower's width 32"):
         layouts.read_text(path, heads=5)
     with pytest.raises(InputError, match="activation 'relu' is not one of"):
         layouts.read_text(path, heads=4, activation="relu")
     for junk in ("{", "[]", '{"text": 3}', '{"vision": {"heads": 8}}'):
-        with pytest.raises(InputError, match="pass --heads"):
+        with pytest.raises(InputError, match="set heads .--heads"):
             layouts.read_text(save(state, path, {"clip_config": junk}))
 
 

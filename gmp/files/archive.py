@@ -16,10 +16,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import InputError
+from ..errors import InputError, some
 from . import folder, objects, unpickle
 from .header import Header
-from .objects import some
 from .tensors import Reference, Storage, reference
 
 DIRECTORY_LIMIT = 8_000_000  # bytes; an archive of 3,000 tensors lists them in 250,000

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, some
 from .header import Header, TensorInfo
 
 CONFIGS = ("config.json", "open_clip_config.json")
@@ -42,7 +42,7 @@ def read(path: Path, read_header: Callable[[Path], Header]) -> Header:
     models = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".ckpt", ".pth"))]
     if models:
         raise InputError(
-            f"{path.name} is a folder, and not one of a single model; give one of its files: {_some(models)}"
+            f"{path.name} is a folder, and not one of a single model; give one of its files: {some(models)}"
         )
     raise InputError(f"{path.name} is a folder without a model in it; give a .safetensors file, or a model's folder")
 
@@ -62,15 +62,15 @@ def _sharded(path: Path, index: Path, read_header: Callable[[Path], Header]) -> 
         raise InputError(f"{index.name} in {path.name} has no weight_map that names a file for each tensor")
     shards = sorted(set(listed.values()))
     if outside := [name for name in shards if Path(name).name != name or name in (".", "..")]:
-        raise InputError(f"{index.name} in {path.name} names files outside of the folder: {_some(outside)}")
+        raise InputError(f"{index.name} in {path.name} names files outside of the folder: {some(outside)}")
     if absent := [name for name in shards if not (path / name).is_file()]:
-        raise InputError(f"{path.name} lacks {len(absent)} of {len(shards)} files of its model: {_some(absent)}")
+        raise InputError(f"{path.name} lacks {len(absent)} of {len(shards)} files of its model: {some(absent)}")
     headers = {name: read_header(path / name) for name in shards}
     tensors: dict[str, TensorInfo] = {}
     for name, header in headers.items():
         tensors |= {key: info for key, info in header.tensors.items() if listed.get(key) == name}
     if lost := listed.keys() - tensors.keys():
-        raise InputError(f"{path.name}: tensors are not in the files that {index.name} names: {_some(sorted(lost))}")
+        raise InputError(f"{path.name}: tensors are not in the files that {index.name} names: {some(lost)}")
     first = next(iter(headers.values()))
     config = with_config(replace(first, path=path / "model.safetensors")).configs
     return Header(path, tensors, first.metadata, "folder", config, first.notes)
@@ -103,7 +103,3 @@ def _json(path: Path, limit: int) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path.name} in {path.parent.name} is not JSON: {error}") from error
     return value if isinstance(value, dict) else None
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" … ({len(names)} in all)" if len(names) > 6 else "")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, some
 from .header import TensorInfo
 from .tensors import DTYPES, NAME_LIMIT, STORAGES, Storage, is_tensor, makes_tensors, tensor_info
 from .unpickle import Global, Loaded, Standin
@@ -59,16 +59,8 @@ def find(loaded: Loaded, path: Path, storages: Mapping[str, Storage]) -> tuple[d
     if loaded.left_out:
         notes.append(f"holds {loaded.left_out:,} entries whose key is neither text nor number; they were left out")
     if foreign := _foreign(loaded.globals):
-        notes.append(f"beside tensors it names {some(foreign)}: nothing of it was imported or run")
+        notes.append(f"beside tensors it names {some(foreign, sort=False)}: nothing of it was imported or run")
     return tensors, tuple(notes)
-
-
-def some(names: Iterable[str]) -> str:
-    """The first few, fit for a sentence whatever a file calls them."""
-    names = list(names)
-    shown = [name if name.isprintable() else ascii(name) for name in names[:6]]
-    text = ", ".join(name if len(name) <= 200 else f"{name[:200]} …" for name in shown)
-    return text + (f" … ({len(names)} in all)" if len(names) > 6 else "")
 
 
 def _search(value: Any, unread: list[str]) -> dict[str, Any]:

@@ -68,6 +68,8 @@ def _looks_like(start: bytes) -> str:
     for magic, sentence in _MAGIC:
         if start.startswith(magic):
             return sentence
+    if start[257:262] == b"ustar":
+        return "is a tar archive; unpack it and give the model file inside"
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
         return "is a web page, not a model; the download link led to a page, often one that asks to log in"
     length = int.from_bytes(start[:8], "little")

@@ -38,7 +38,7 @@ _UNREADABLE = {
 }
 WRAPPERS = 4  # a subclass in a parameter has two
 RANK_LIMIT = 64
-NAME_LIMIT = 1_000  # letters
+NAME_LIMIT = 500  # letters
 
 
 @dataclass(frozen=True)

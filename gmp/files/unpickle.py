@@ -7,6 +7,7 @@ extension codes and buffers outside of the pickle, which no model file has.
 
 from __future__ import annotations
 
+import io
 import pickletools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -78,8 +79,11 @@ def load(file: BinaryIO, name: str, *, size_limit: int = SIZE_LIMIT, operation_l
     Raises InputError for a damaged pickle, one that is over a limit, and operations that are not supported.
     """
     machine = _Machine(operation_limit)
+    here = file.tell()
+    there = file.seek(0, io.SEEK_END) - here
+    file.seek(here)
     try:
-        for operation, argument, _ in pickletools.genops(_Bounded(file, size_limit)):
+        for operation, argument, _ in pickletools.genops(_Bounded(file, min(there, size_limit))):
             machine.spend(1)
             if operation.name not in _OPERATIONS:
                 raise ValueError(f"{operation.name} is not supported")

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ..errors import some
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -162,10 +164,3 @@ def chunks(tensor: Tensor) -> Iterator[Tensor]:
 def is_finite(tensor: Tensor) -> bool:
     """True if no value is NaN or infinity."""
     return all(bool(values.isfinite().all()) for values in chunks(tensor))
-
-
-def some(names: Iterable[str], shown: int = 6) -> str:
-    """The first names in order, and how many there are if that is not all."""
-    names = sorted(names)
-    rest = f" … ({len(names)} in all)" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + rest

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from ..architectures import DEPTHS, LONG_KEPT, OPENAI_WIDTHS
+from ..errors import some
 from ..files import Header
 from . import huggingface, kinds, open_clip, openai, single_file
-from .canonical import LENT, STACK, Piece, Shape, expected, sizes_of, some
+from .canonical import LENT, STACK, Piece, Shape, expected, sizes_of
 from .gmp import in_radius_and_direction
 from .place import TEXT_PROJECTIONS, Place
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .. import __version__, files
-from ..errors import InputError
-from .canonical import block_name, some
+from ..errors import InputError, some
+from .canonical import block_name
 from .detect import describe, shape_of
 from .write import DTYPES, parts
 

@@ -60,12 +60,12 @@ def settle(part: Part, header: Header, heads: int | None, activation: str | None
     if heads is None:
         if width % 64:
             raise InputError(
-                f"{name}: a {tower} tower of width {width} does not tell its number of heads; pass {option}"
+                f"{name}: a {tower} tower of width {width} does not tell its number of heads; set heads ({option})"
             )
         heads = width // 64
         assumptions.append(
             f"{heads} attention heads assumed for a {tower} tower of width {width}: 64 channels each is "
-            f"usual, but the file does not say; pass {option} otherwise"
+            f"usual, but the file does not say; set heads otherwise ({option})"
         )
     if type(heads) is not int or heads < 1 or width % heads:
         raise InputError(f"{name}: {heads!r} attention heads do not divide the {tower} tower's width {width}")
@@ -77,7 +77,7 @@ def settle(part: Part, header: Header, heads: int | None, activation: str | None
             activation, other, models = "quick_gelu", "gelu", "LAION"
         assumptions.append(
             f"activation {activation} assumed: a file with these names does not say; "
-            f"pass --activation {other} for {models} models"
+            f"for {models} models set {other} (--activation)"
         )
     if activation not in ACTIVATIONS:
         raise InputError(f"{name}: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")

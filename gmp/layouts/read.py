@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from .. import files
 from ..architectures import image_size
-from ..errors import InputError
-from .canonical import LENT, Piece, assemble, content_hash, is_finite, some
+from ..errors import InputError, some
+from .canonical import LENT, Piece, assemble, content_hash, is_finite
 from .detect import NAMES, Contents, Part, describe, shape_of
 from .knowledge import settle
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__, files
-from ..errors import InputError
+from ..errors import InputError, some
 from . import canonical, configs, huggingface, openai
-from .canonical import is_vision, some
+from .canonical import is_vision
 from .detect import NAMES
 from .gmp import in_radius_and_direction
 

@@ -69,6 +69,14 @@ def test_sdxl_takes_a_clip_g_with_its_projection(host):
     same(seen["again"], seen["other"])
 
 
+def test_sd2_takes_a_clip_h(host):
+    seen = dumps(host, swapped("sd2", member="clip_h"))
+    for part in ("cond", "pooled"):
+        assert not torch.allclose(seen["before"][part], seen["after"][part], atol=1e-2)
+    assert "text_projection" in seen["other"]
+    same(seen["again"], seen["other"])
+
+
 def test_flux_keeps_its_t5(host):
     seen = dumps(host, swapped("flux"))
     assert torch.equal(seen["before"]["cond"], seen["after"]["cond"])

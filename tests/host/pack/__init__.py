@@ -11,6 +11,7 @@ from pathlib import Path
 import comfy.sd
 import comfy.sdxl_clip
 import comfy.text_encoders.flux
+import comfy.text_encoders.sd2_clip
 import comfy.text_encoders.sd3_clip
 import folder_paths
 import torch
@@ -23,6 +24,7 @@ T5 = {"d_model": 32, "d_ff": 64, "num_heads": 2, "d_kv": 16, "num_layers": 2}
 KINDS = {
     "sdxl": (comfy.sdxl_clip.SDXLClipModel, comfy.sdxl_clip.SDXLTokenizer),
     "flux": (comfy.text_encoders.flux.flux_clip(), comfy.text_encoders.flux.FluxTokenizer),
+    "sd2": (comfy.text_encoders.sd2_clip.SD2ClipModel, comfy.text_encoders.sd2_clip.SD2Tokenizer),
     "t5": (
         comfy.text_encoders.sd3_clip.sd3_clip(clip_l=False, clip_g=False, t5=True),
         comfy.text_encoders.sd3_clip.SD3Tokenizer,
@@ -56,6 +58,7 @@ class TinyCLIP(Node):
             "dtype": torch.float32,
             "clip_l_model_config": TINY,
             "clip_g_model_config": TINY | {"num_hidden_layers": 4},
+            "clip_h_model_config": TINY,
             "t5xxl_model_config": T5,
         }
         clip = comfy.sd.CLIP(Target, model_options=options)
@@ -93,6 +96,27 @@ class Lora(Node):
         shape = clip.cond_stage_model.state_dict()[key].shape
         clip.add_patches({key: ("diff", (torch.ones(shape),))}, 0.5)
         return (clip,)
+
+
+class PooledOnly(Node):
+    """As CLIPTextEncode, of clip_l alone: a T5 beside it is not computed."""
+
+    INPUTS = {"clip": ("CLIP",), "text": ("STRING", {})}
+    RETURN_TYPES = ("CONDITIONING",)
+
+    def run(self, clip, text: str):
+        clip.load_model()
+        _, pooled = clip.cond_stage_model.clip_l.encode_token_weights(clip.tokenize(text)["l"])
+        return ([[torch.empty(0), {"pooled_output": pooled}]],)
+
+
+class NoModel(Node):
+    """Stands for the diffusion model where only the CLIP matters."""
+
+    RETURN_TYPES = ("MODEL",)
+
+    def run(self):
+        return (None,)
 
 
 class Dump(Node):
@@ -144,4 +168,6 @@ class Threads(Node):
         return {"ui": {"text": [t.name for t in threading.enumerate() if t.name.startswith("gmp ")]}}
 
 
-NODE_CLASS_MAPPINGS = {f"GmPTest{kind.__name__}": kind for kind in (TinyCLIP, Perturb, Lora, Dump, Tokens, Threads)}
+NODE_CLASS_MAPPINGS = {
+    f"GmPTest{kind.__name__}": kind for kind in (TinyCLIP, Perturb, Lora, PooledOnly, NoModel, Dump, Tokens, Threads)
+}
