@@ -305,7 +305,7 @@ def test_files_without_a_model(tmp_path, container):
         ({}, f"holds no tensors by name; {advice}"),
         ({"state_dict": {}, "epoch": 1}, f"holds no tensors by name, but epoch, state_dict; {advice}"),
         ({0: torch.ones(2)}, f"holds no tensors by name, but 0; {advice}"),
-        ({"g": {"a": torch.ones(1)}, "d": {"a": torch.ones(1)}}, "holds several sets of tensors (g, d); save the one"),
+        ({"g": {"a": torch.ones(1)}, "d": {"a": torch.ones(1)}}, "holds several sets of tensors (d, g); save the one"),
     ):
         assert message in refusal(save(tmp_path / "a.pt", value, container))
 
