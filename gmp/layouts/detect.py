@@ -135,7 +135,11 @@ def _part(place: Place, blocks: set[int], header: Header) -> Part:
     buffers = {key for key in keys - used - scales if key.rpartition(".")[2] in BUFFERS}
     unexpected = keys - used - scales - buffers
     problems += _unreadable(place, used, unexpected, header) + _odd_scales(pieces, header)
-    shapes = {name: shape_of(name, piece, header) for name, piece in pieces.items()}
+    unlike = {name for name, piece in pieces.items() if len({header.tensors[key].shape for key in piece.keys}) > 1}
+    if unlike:
+        apart = [key for name in unlike for key in pieces[name].keys]
+        problems.append(f"tensors that belong together are not of one shape: {some(apart)}")
+    shapes = {name: shape_of(name, piece, header) for name, piece in pieces.items() if name not in unlike}
     sizes, contradictions = sizes_of(place.tower, names, shapes)
     width = sizes.get("width", 0)
     place = _for_width(place, width)
@@ -210,9 +214,9 @@ def shape_of(name: str, piece: Piece, header: Header) -> Shape:
     if name == "logit_scale" and shape == (1,):
         return ()
     if piece.kept:
-        return shape if others == [shape] and shape[:1] > (piece.kept,) else ()
+        return shape if shape[:1] > (piece.kept,) else ()
     if others and shape:
-        shape = (shape[0] + sum(other[0] for other in others if other), *shape[1:])
+        shape = (shape[0] * len(piece.keys), *shape[1:])
     return shape[::-1] if piece.transposed else shape
 
 

@@ -249,7 +249,8 @@ def _folded(tensors: dict[str, files.Pending]) -> dict[str, files.Pending]:
 def _merged(r: files.Pending, theta: files.Pending) -> Tensor:
     from ..geometric import merge
 
-    return merge(r.make(), theta.make())
+    # torch has no arithmetic for fp8
+    return merge(*(half.make() if half.dtype == "F64" else half.make().float() for half in (r, theta)))
 
 
 def _faults(header: files.Header, part: Part) -> dict[str, str]:
@@ -286,13 +287,20 @@ def _unknown_scales(header: files.Header, part: Part) -> list[str]:
     formats = set()
     for key in part.buffers:
         if key.endswith("comfy_quant"):
-            text = bytes(files.read_tensors(header, [key])[key].flatten().tolist())
-            try:
-                formats.add(str(json.loads(text)["format"]))
-            except (ValueError, KeyError, TypeError, RecursionError):
-                formats.add("one that its file does not name")
+            formats.add(_format(header, key))
     unknown = formats.difference(_PLAIN_SCALES)
     return [f"is quantised as {some(unknown)}, which is not read; give the fp16 or fp32 edition"] if unknown else []
+
+
+def _format(header: files.Header, key: str) -> str:
+    """What ComfyUI's JSON beside a quantised layer names as its format."""
+    info = header.tensors[key]
+    if info.dtype == "U8" and info.items < 10_000:
+        try:
+            return str(json.loads(bytes(files.read_tensors(header, [key])[key].flatten().tolist()))["format"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+    return "a format that it does not name"
 
 
 def _damages(header: files.Header, part: Part) -> list[str]:
