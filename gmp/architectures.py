@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 ACTIVATIONS = ("quick_gelu", "gelu")
@@ -47,4 +48,4 @@ def image_size(sizes: Mapping[str, int]) -> int | None:
     """Edge of the pictures that a vision tower takes, in pixels: its positions are one more than its patches."""
     if "rows" not in sizes or "patch" not in sizes:
         return None
-    return round((sizes["rows"] - 1) ** 0.5) * sizes["patch"]
+    return math.isqrt(max(sizes["rows"] - 1, 0)) * sizes["patch"]

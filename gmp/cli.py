@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     if options.json:
         print(json.dumps(answer, default=str))
-    return 0
+    return options.code
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -58,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
             epilog=f"example:\n  python -m gmp {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        one.set_defaults(command=run)
-        one.add_argument("--json", action="store_true", help="print the answer as one JSON object on the last line")
+        one.set_defaults(command=run, code=0)
+        one.add_argument("--json", action="store_true", help="print the answer as JSON on the last line")
         return one
 
     one = add("inspect", files.inspect, "Say what files hold, from their headers.", "inspect clip_l.safetensors")
@@ -168,6 +168,9 @@ def _add_member(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--member", choices=("clip_l", "clip_g", "clip_h"), help="which one of a checkpoint (clip_l)")
     parser.add_argument("--heads", type=int, help="attention heads of the text tower, where the file does not say")
     parser.add_argument("--vision-heads", type=int, help="attention heads of the vision tower, likewise")
+    parser.add_argument(
+        "--end-of-text", type=int, metavar="ID", help="whose first place in a caption is pooled (the largest id)"
+    )
     parser.add_argument("--activation", choices=("quick_gelu", "gelu"), help="likewise; LAION's CLIPs use gelu")
 
 
@@ -212,7 +215,6 @@ def _add_writing(parser: argparse.ArgumentParser, dtypes: tuple[str, ...], dtype
     parser.add_argument(
         "--layout",
         choices=("huggingface", "huggingface_folder", "openai", "open_clip", "open_clip_folder", "gmp"),
-        default="huggingface",
         help="names of the tensors (huggingface, which ComfyUI and diffusers read); a folder has its config beside; "
         "gmp has r and theta",
     )

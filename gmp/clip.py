@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -26,6 +26,7 @@ class TextConfig:
 
     end_of_text: the id whose first place is pooled; None is CLIP's own rule, the largest id of each row. The two
     differ only for a vocabulary that was extended behind end-of-text, by textual inversion for example.
+    assumed: fields that no one said, so that files that are made of this one do not state them as facts.
     """
 
     width: int
@@ -37,6 +38,7 @@ class TextConfig:
     embed_dim: int
     activation: str = "quick_gelu"
     end_of_text: int | None = None
+    assumed: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class VisionConfig:
     image_size: int
     embed_dim: int
     activation: str = "quick_gelu"
+    assumed: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)

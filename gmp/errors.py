@@ -9,6 +9,10 @@ class InputError(ValueError):
     """An input that can't be used. The message says what was found, what was expected and what to do."""
 
 
+class ChangedError(InputError):
+    """A file that was replaced or written to while it was read; read from its header on, it may be whole."""
+
+
 def some(names: Iterable[str], shown: int = 6, *, sort: bool = True) -> str:
     """The first names, and how many there are if that is not all; fit for a sentence whatever a file calls them."""
     names = sorted(names) if sort else list(names)

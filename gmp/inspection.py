@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from .architectures import TEXT_HEADS, image_size, text_name, vision_name
-from .errors import InputError
+from .errors import InputError, some
 from .files import Header, read_header
 from .layouts.detect import Contents, Part, describe
 from .layouts.kinds import NAMES
@@ -81,7 +82,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         tensors=len(header.tensors),
         towers=towers,
         uses=_uses(towers),
-        next_step=_next_step(Path(path).name, contents, towers),
+        next_step=_next_step(header.path.name, contents, towers),
         notes=header.notes,
         problems=contents.problems,
     )
@@ -146,16 +147,17 @@ def _uses(towers: tuple[Tower, ...]) -> tuple[str, ...]:
         known = tower.sizes["width"] in TEXT_HEADS
         readers = f"; read by {_READERS[tower.member]}" if known else ""
         uses.append(f"Load Text Encoder, --text: {tower.member} can be repaired{readers}")
-        if tower.tower == "text" and len(towers) > 1 and towers[-1].tower == "vision" and not tower.missing:
+        if len(towers) > 1 and towers[-1].tower == "vision" and not tower.missing:
             uses.append("the original of a repair: its text tower lends the projection and is the anchor")
     return tuple(uses)
 
 
 def _next_step(name: str, contents: Contents, towers: tuple[Tower, ...]) -> str:
+    name = shlex.quote(name)
     if not towers:
         return ""  # the problem says what to give instead
     if all(tower.problems for tower in towers):
-        return "get another copy of the file: see what is wrong with it above"
+        return "none with this file: see above what is wrong with it"
     members = [tower for tower in towers if tower.tower == "text" and not tower.problems]
     whole = len(members) == 1 and towers[-1].tower == "vision" and not towers[-1].problems
     if contents.layout == "gmp":
@@ -186,6 +188,8 @@ def lines(inspection: Inspection) -> list[str]:
         )
         if tower.missing:
             result.append(f"    lacks {', '.join(tower.missing)}: the original CLIP lends it")
+        if tower.unexpected:
+            result.append(f"    not part of a CLIP, and not read: {some(tower.unexpected)}")
         result += [f"    {sentence}" for sentence in (*tower.assumptions, *tower.problems)]
     told = {f"{tower.member or 'vision'}: {problem}" for tower in inspection.towers for problem in tower.problems}
     result += [f"  {problem}" for problem in inspection.problems if problem not in told]
@@ -195,6 +199,7 @@ def lines(inspection: Inspection) -> list[str]:
 
 
 def sentence(inspection: Inspection) -> str:
-    """One line for a menu: what it is, and the first thing that is wrong with it."""
+    """One line for a menu: what it is, the first thing that is wrong with it, what is assumed, what else is in it."""
     problems = [problem for tower in inspection.towers for problem in tower.problems] or list(inspection.problems)
-    return " · ".join([inspection.what, *problems[:1]])
+    assumed = [each.partition(":")[0] for tower in inspection.towers for each in tower.assumptions]
+    return " · ".join([inspection.what, *problems[:1], *dict.fromkeys(assumed), *inspection.notes[:1]])

@@ -85,7 +85,7 @@ def join(text: TowerFile, vision: TowerFile, original: TowerFile | None = None) 
     else:
         raise InputError(
             f"{text.source.path} has no usable text_projection ({fault or 'its file lacks it'}) and "
-            f"{vision.source.path} lends none; give the full original CLIP, text tower included, as the vision file"
+            f"{(original or vision).source.path} lends none; give the full original CLIP, text tower included"
         )
     if projection.shape != (width, embed_dim):
         raise InputError(
@@ -110,8 +110,13 @@ def join(text: TowerFile, vision: TowerFile, original: TowerFile | None = None) 
     report.append(Origin("vision tower", len(vision.state), vision.source.path, reason, tuple(vision.state)))
     config = CLIPConfig(replace(text.config, embed_dim=embed_dim, layers=layers), vision.config)
     sources = {"text": text.source, "vision": vision.source} | ({"original": original.source} if original else {})
+    if text.config.activation != vision.config.activation:
+        both = f"{text.config.activation} in the text tower and {vision.config.activation} in the vision tower"
+        mixed = [f"activation {both}: a CLIP has one for both; set it where it was assumed (--activation)"]
+    else:
+        mixed = []
     assumed = [f"{source.path}: {sentence}" for source in sources.values() for sentence in source.assumptions]
-    return Joined(state, config, tuple(report), tuple(dict.fromkeys(assumed)), sources)
+    return Joined(state, config, tuple(report), tuple(dict.fromkeys((*assumed, *mixed))), sources)
 
 
 def _lent_block(text: TowerFile, original: TowerFile | None) -> dict[str, Tensor]:

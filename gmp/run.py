@@ -122,7 +122,8 @@ def describe_run(inputs: Inputs, keys: list[str], config: RepairConfig) -> dict[
 
 def _identity(file: TowerFile) -> dict[str, object]:
     """A file's content and how it was read: it may hold several encoders; heads and activation may be a choice."""
-    return {"sha256": file.source.sha256, "member": file.source.member} | asdict(file.config)
+    shape = {name: value for name, value in asdict(file.config).items() if name != "assumed"}
+    return {"sha256": file.source.sha256, "member": file.source.member} | shape
 
 
 def run_id(description: dict[str, object]) -> str:

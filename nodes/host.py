@@ -26,8 +26,8 @@ from torch import Tensor
 from ..gmp.clip import TextConfig, text_config_from
 from ..gmp.errors import InputError
 from ..gmp.features import state_key
-from ..gmp.files.folder import WEIGHTS
-from ..gmp.layouts import Source, TowerFile, huggingface
+from ..gmp.files.folder import CONFIGS, WEIGHTS
+from ..gmp.layouts import Source, TowerFile, huggingface, projection_fault
 from ..gmp.layouts.canonical import LENT, assemble, expected, take_apart
 from ..gmp.tokenizer import END_ID, START_ID, Tokens, has_special, plain
 
@@ -113,8 +113,13 @@ def _model_folders() -> dict[str, Path]:
 
 def _is_model(files: list[str]) -> bool:
     """Whether these are the files of a model's folder."""
-    weights = any(pattern.fullmatch(name) for name in files for pattern in WEIGHTS)
-    return weights or any(name == "model_index.json" or name.endswith(".index.json") for name in files)
+    indices = any(name == "model_index.json" or name.endswith(".index.json") for name in files)
+    return indices or any(map(_is_weights, files))
+
+
+def _is_weights(name: str) -> bool:
+    """Whether a file has a model folder's usual name, so that a config beside it is read with it."""
+    return any(pattern.fullmatch(name) for pattern in WEIGHTS)
 
 
 def model_path(role: str, name: str) -> Path:
@@ -130,8 +135,12 @@ def model_path(role: str, name: str) -> Path:
 
 
 def stamp(path: Path) -> str:
-    """Changes with the file, or with any file in the folder."""
-    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+    """Changes with the file and the config that is read with it, or with any file in the folder."""
+    if path.is_dir():
+        files = sorted(one for one in path.rglob("*") if one.is_file())
+    else:
+        configs = map(path.with_name, CONFIGS if _is_weights(path.name) else ())
+        files = [path, *(one for one in configs if one.is_file())]
     states = [(one, one.stat()) for one in files]
     return "\n".join(f"{one} {state.st_size} {state.st_mtime_ns}" for one, state in states)
 
@@ -255,18 +264,20 @@ def _weights(clip: comfy.sd.CLIP, member: str, patched: bool) -> dict[str, Tenso
 
 
 def read_clip(clip: comfy.sd.CLIP, member: str) -> TowerFile:
-    """A member's effective weights, LoRAs included, in canonical form.
-
-    clip_l's projection is left out: no diffusion model reads it, and most files lack it, which leaves it uninitialised.
-    """
+    """A member's effective weights, LoRAs included, in canonical form; without a projection that is no trained one."""
     tensors = _weights(clip, member, patched=True)
     layers = clip.cond_stage_model.get_submodule(f"{member}.transformer.text_model.encoder.layers")
-    left_out = LENT if member == "clip_l" else ("logit_scale",)
+    left_out = _not_taken(member)
     state = {}
     for name in expected("text", range(len(layers))):
         if name not in left_out:
             piece = huggingface.piece(name)
             state[name] = assemble(name, piece, tensors)
+    notes = []
+    if "text_projection" in state and (fault := projection_fault(state["text_projection"])):
+        del state["text_projection"]
+        left_out = LENT
+        notes.append(f"its text_projection {fault} and is not used")
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
         raise InputError(f"The CLIP's {member} holds NaN or infinity in {len(broken)} tensors ({broken[0]}, …).")
@@ -275,9 +286,18 @@ def read_clip(clip: comfy.sd.CLIP, member: str) -> TowerFile:
         state, heads=layers[0].self_attn.heads, activation=activations[id(layers[0].mlp.activation)]
     )
     patches = sum(key.startswith(f"{member}.") for key in clip.patcher.patches)
-    notes = (f"{patches} patched tensors (LoRAs) are baked in",) if patches else ()
-    source = Source(f"the CLIP's {member}", state_key(state), "comfyui", member, {}, (), tuple(left_out), (), notes)
+    notes += [f"{patches} patched tensors (LoRAs) are baked in"] if patches else []
+    source = Source(f"the CLIP's {member}", state_key(state), "comfyui", member, {}, (), left_out, (), tuple(notes))
     return TowerFile(state, config, source)
+
+
+def _not_taken(member: str) -> tuple[str, ...]:
+    """What is not taken from a member of a CLIP object, nor patched in it: the logit scale, which ComfyUI lacks.
+
+    The projections of clip_l and clip_h too: the diffusion models that files of them are made for do not read them, and
+    most files lack them, which leaves zeros or uninitialised memory in their place.
+    """
+    return ("logit_scale",) if member == "clip_g" else LENT
 
 
 def patch_clip(clip: comfy.sd.CLIP, member: str, encoder: TowerFile, strength: float) -> comfy.sd.CLIP:
@@ -287,7 +307,7 @@ def patch_clip(clip: comfy.sd.CLIP, member: str, encoder: TowerFile, strength: f
     Raises InputError when the two have different shapes.
     """
     base = _weights(clip, member, patched=False)
-    skipped = LENT if member == "clip_l" else ("logit_scale",)
+    skipped = _not_taken(member)
     fresh = comfy_tensors({name: tensor for name, tensor in encoder.state.items() if name not in skipped})
     _check_shapes(base, encoder.config, member, encoder.source.path)
     patches = {

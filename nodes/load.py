@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..gmp.files import read_header
-from ..gmp.layouts import Source, describe, read_text, read_vision
+from ..gmp.layouts import Source, read_lender, read_text, read_vision
 from . import host, routes
 from .sockets import CATEGORY, TextEncoder, VisionPart, VisionTower
 
@@ -74,6 +73,17 @@ class LoadTextEncoder(io.ComfyNode):
                     tooltip="Which text encoder, where the file holds several. auto takes the only one, or clip_l.",
                 ),
                 *_shape_inputs(),
+                io.Int.Input(
+                    "end_of_text",
+                    default=0,
+                    min=0,
+                    max=1_000_000,
+                    step=1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Only for a vocabulary that was extended: the id of the token that ends a caption and is "
+                    "pooled. 0 finds out, as the config says or else the largest id of the caption.",
+                ),
             ],
             outputs=[TextEncoder.Output(display_name="text_encoder", tooltip="The text encoder in full precision.")],
             hidden=[io.Hidden.unique_id],
@@ -84,10 +94,13 @@ class LoadTextEncoder(io.ComfyNode):
         return host.stamp(host.model_path("text", file))
 
     @classmethod
-    def execute(cls, file: str, member: str, heads: int = 0, activation: str = "auto") -> io.NodeOutput:
+    def execute(
+        cls, file: str, member: str, heads: int = 0, activation: str = "auto", end_of_text: int = 0
+    ) -> io.NodeOutput:
         with torch.inference_mode(False):
             path = host.model_path("text", file)
-            encoder = read_text(path, None if member == "auto" else member, **_shape(heads, activation))
+            wanted = None if member == "auto" else member
+            encoder = read_text(path, wanted, **_shape(heads, activation), end_of_text=end_of_text or None)
         return routes.with_text(cls, _facts(encoder.source), encoder)
 
 
@@ -159,16 +172,5 @@ class LoadVisionTower(io.ComfyNode):
         with torch.inference_mode(False):
             path = host.model_path("vision", file)
             vision = read_vision(path, **_shape(heads, activation))
-            members = list(describe(read_header(path)).text)
-            original = None
-            if len(members) == 1:  # of several it is not told which one the vision tower was trained with
-                original = read_text(path, activation=_shape(0, activation)["activation"])
-        return routes.with_text(cls, f"{_facts(vision.source)}\n· {_lends(members)}", VisionPart(vision, original))
-
-
-def _lends(members: list[str]) -> str:
-    if len(members) > 1:
-        return f"{', '.join(members)} in it: connect the one it belongs to as original of Reassemble CLIP"
-    if members:
-        return "a full CLIP: its text tower lends and anchors"
-    return "no text tower in it: nothing to anchor to, unless Reassemble CLIP is given an original"
+            original, lends = read_lender(path, **_shape(0, activation))  # the heads asked for are the vision tower's
+        return routes.with_text(cls, f"{_facts(vision.source)}\n· {lends}", VisionPart(vision, original))

@@ -171,7 +171,7 @@ def _write_text(encoder: TowerFile, path: Path, layout: str, dtype: str, metadat
     write_text(state, path, layout=layout, dtype=dtype, config=encoder.config, metadata=metadata)
     lines = [f"{encoder.source.member}, {words}"]
     if lacking := [name for name in LENT if name not in encoder.state]:
-        lines.append(f"without {' and '.join(lacking)}, which the encoder's file lacked")
+        lines.append(f"without {' and '.join(lacking)}, which the connected encoder has not")
     return lines
 
 
@@ -197,10 +197,12 @@ def _in_layout(state: dict, layout: str, dtype: str) -> tuple[dict, str, str]:
 def _write_checkpoint(encoder: TowerFile, checkpoint: str, path: Path, metadata: dict[str, str]) -> list[str]:
     base = host.model_path("checkpoint", checkpoint)
     member = encoder.source.member
-    replaced = insert_text(encoder.state, base, path, member=member, metadata=metadata)
+    inserted = insert_text(encoder.state, base, path, member=member, config=encoder.config, metadata=metadata)
     return [
-        f"{checkpoint} with another {member}: {len(replaced)} tensors, each in the precision that it has there",
+        f"{checkpoint} with another {member}: {len(inserted.replaced)} tensors, each in the precision that it has "
+        "there",
         "all other tensors keep their bytes",
+        *inserted.notes,
     ]
 
 

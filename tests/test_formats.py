@@ -402,11 +402,16 @@ def test_a_checkpoint_takes_another_encoder(tmp_path, name, layout):
     metadata = {"modelspec.title": "mine", "modelspec.hash_sha256": "0x1", "sshs_model_hash": "2", "prompt": "{}"}
     checkpoint = save(tensors(before), tmp_path / "checkpoint.safetensors", metadata)
     given = {each: tensor.float() for each, tensor in after.items()} | {"logit_scale": torch.tensor(8.0)}
-    state, config = opened(save(given, tmp_path / "given.safetensors"), whole=False)
+    activation = "quick_gelu" if member == "clip_l" else "gelu"
+    state, config = opened(save(given, tmp_path / "given.safetensors"), whole=False, activation=activation)
     write_text(state, tmp_path / "encoder.safetensors", layout=layout, dtype="keep", config=config)
-    state, _ = opened(tmp_path / "encoder.safetensors", whole=False)
+    state, config = opened(tmp_path / "encoder.safetensors", whole=False)
     out = tmp_path / "out.safetensors"
-    written = insert_text(state, checkpoint, out, member=member)
+    inserted = insert_text(state, checkpoint, out, member=member, config=config)
+    written = inserted.replaced
+    told = " ".join(inserted.notes)
+    assert ("text_projection" in told) == (not any("text_projection" in each for each in written))
+    assert "logit_scale" in told
 
     kept = {"logit_scale": before["logit_scale"]} if "logit_scale" in before else {}
     wanted = raw(save(tensors(after | kept), tmp_path / "wanted.safetensors"))
@@ -430,7 +435,9 @@ def test_a_pickled_checkpoint_takes_another_encoder(tmp_path):
     checkpoint = formats.save_lightning(tensors, tmp_path / "sd-v1-4.ckpt")
     path = save(formats.prefixed(other, "text_model."), tmp_path / "encoder.safetensors")
     out = tmp_path / "out.safetensors"
-    insert_text(opened(path, whole=False)[0], checkpoint, out, member="clip_l")
+    state, config = opened(path, whole=False)
+    inserted = insert_text(state, checkpoint, out, member="clip_l", config=config)
+    assert any("which were not read" in note for note in inserted.notes)
     changed = formats.sd1_tensors(other)
     wanted = save({name: changed.get(name, tensor) for name, tensor in tensors.items()}, tmp_path / "wanted")
     assert raw(out) == raw(wanted)
@@ -440,18 +447,44 @@ def test_a_deeper_encoder_is_not_cut_to_fit_a_checkpoint(tmp_path):
     """Only SD 2's 24th block has no place in a checkpoint that never reads it."""
     shallow = plain(hf_text(CLIPTextModelWithProjection, num_hidden_layers=2).state_dict())
     checkpoint = save(formats.sd1_tensors(shallow), tmp_path / "checkpoint.safetensors")
-    state, _ = opened(save(encoder("transformers", 7), tmp_path / "encoder.safetensors"), whole=False)
-    with pytest.raises(InputError, match="^checkpoint.safetensors"):
-        insert_text(state, checkpoint, tmp_path / "out.safetensors", member="clip_l")
+    state, config = opened(save(encoder("transformers", 7), tmp_path / "encoder.safetensors"), whole=False)
+    with pytest.raises(InputError, match="^checkpoint.safetensors.*resblocks.2 has no place"):
+        insert_text(state, checkpoint, tmp_path / "out.safetensors", member="clip_l", config=config)
+
+
+def test_an_encoder_of_another_activation_is_not_put_into_a_checkpoint(tmp_path):
+    """The checkpoint's family settles the activation, and no tensor would show the change."""
+    checkpoint = save(formats.sd1_tensors(plain(encoder("transformers", 0))), tmp_path / "checkpoint.safetensors")
+    path = save(encoder("transformers", 7), tmp_path / "encoder.safetensors")
+    state, config = opened(path, whole=False, activation="gelu")
+    with pytest.raises(InputError, match="activation is gelu and not quick_gelu"):
+        insert_text(state, checkpoint, tmp_path / "out.safetensors", member="clip_l", config=config)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("F8_E4M3", 448), ("F8_E5M2", 57344), ("F16", 65504)])
+def test_values_that_a_checkpoints_dtype_cannot_hold_are_refused_not_clipped(tmp_path, dtype, limit):
+    before, after = plain(encoder("transformers", 0)), encoder("transformers", 7)
+    kind = files.torch_dtypes()[dtype]
+    held = {name: tensor.to(kind) for name, tensor in formats.sd1_tensors(before).items()}
+    checkpoint = save(held, tmp_path / "checkpoint.safetensors")
+    for value, fits in ((limit, True), (limit + 1, False)):
+        given = {name: tensor.float() for name, tensor in after.items()}
+        given["text_model.encoder.layers.1.mlp.fc1.bias"][3] = value
+        state, config = opened(save(given, tmp_path / "encoder.safetensors"), whole=False)
+        if fits:
+            insert_text(state, checkpoint, tmp_path / "out.safetensors", member="clip_l", config=config)
+            continue
+        with pytest.raises(InputError, match=f"over {limit:g}, which is where {dtype} ends.*layers.1.mlp.fc1.bias"):
+            insert_text(state, checkpoint, tmp_path / "out.safetensors", member="clip_l", config=config)
 
 
 def test_a_diffusers_folder_is_no_checkpoint_to_write_into(tmp_path):
     """A file with its text encoders and without its UNet would be no model; a folder in place of one is."""
     model = hf_text(CLIPTextModel)
     formats.diffusers_pipeline(model).save_pretrained(tmp_path / "pipe")
-    state, _ = opened(save(encoder("transformers", 7), tmp_path / "encoder.safetensors"), whole=False)
+    state, config = opened(save(encoder("transformers", 7), tmp_path / "encoder.safetensors"), whole=False)
     with pytest.raises(InputError, match="^pipe"):
-        insert_text(state, tmp_path / "pipe", tmp_path / "out.safetensors", member="clip_l")
+        insert_text(state, tmp_path / "pipe", tmp_path / "out.safetensors", member="clip_l", config=config)
 
 
 # ---- there and back again -------------------------------------------------------------------------------------------

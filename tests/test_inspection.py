@@ -86,7 +86,7 @@ def test_half_a_tower_is_said_to_be_damaged(tmp_path, state):
     seen = inspect(tmp_path / "a.safetensors")
     assert seen.towers[0].problems == ("tensors are missing: ln_final.bias",)
     assert not any("--text" in use for use in seen.uses) and any("--vision" in use for use in seen.uses)
-    assert sentence(seen).endswith("tensors are missing: ln_final.bias")
+    assert " · tensors are missing: ln_final.bias · " in sentence(seen)
 
 
 @pytest.mark.parametrize(

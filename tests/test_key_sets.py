@@ -50,7 +50,7 @@ STARTS = {
     "huggingface": HF,
     "openai": OPENAI,
     "gmp": GMP,
-    "open_clip": below("text.", tower(openai.piece, "text")) | tower(openai.piece, "vision"),
+    "open_clip": {n if n == "logit_scale" or n.startswith("visual.") else f"text.{n}": s for n, s in OPENAI.items()},
     "sdxl": below("conditioner.embedders.0.transformer.", TEXT)
     | below("conditioner.embedders.1.model.", tower(openai.piece, "text"))
     | {"model.diffusion_model.out.2.weight": (2, 2)},

@@ -71,7 +71,9 @@ def canonical(model):
 def config(tmp_path, canonical):
     path = tmp_path / "config-source.safetensors"
     save(canonical, path)
-    return CLIPConfig(layouts.read_text(path, heads=HEADS).config, layouts.read_vision(path, heads=SEEN_HEADS).config)
+    known = {"activation": "quick_gelu"}
+    text, vision = layouts.read_text(path, heads=HEADS, **known), layouts.read_vision(path, heads=SEEN_HEADS, **known)
+    return CLIPConfig(text.config, vision.config)
 
 
 def by_hand(hf):
@@ -166,11 +168,11 @@ def test_clip_model(tmp_path, model, canonical):
     assert (text.source.layout, text.source.member) == ("huggingface", "clip_l")
     assert dataclasses.asdict(text.config) == {
         "width": WIDTH, "layers": LAYERS, "heads": HEADS, "mlp_width": MLP, "context_length": 77,
-        "vocab_size": VOCAB, "embed_dim": EMBED, "activation": "quick_gelu", "end_of_text": VOCAB - 1,
+        "vocab_size": VOCAB, "embed_dim": EMBED, "activation": "quick_gelu", "end_of_text": VOCAB - 1, "assumed": (),
     }  # fmt: skip
     assert dataclasses.asdict(vision.config) == {
         "width": SEEN, "layers": SEEN_LAYERS, "heads": SEEN_HEADS, "mlp_width": 100, "patch_size": PATCH,
-        "image_size": IMAGE, "embed_dim": EMBED, "activation": "quick_gelu",
+        "image_size": IMAGE, "embed_dim": EMBED, "activation": "quick_gelu", "assumed": (),
     }  # fmt: skip
 
 
@@ -413,7 +415,7 @@ def test_gmp_is_written_only_from_r_and_theta_in_fp32(tmp_path, canonical, confi
     path = tmp_path / "a.safetensors"
     with pytest.raises(InputError, match="this is a state with plain weights"):
         layouts.write_clip(canonical, path, layout="gmp", config=config)
-    with pytest.raises(InputError, match="layout gmp is for .* in fp32; this is one, in fp16"):
+    with pytest.raises(InputError, match="layout gmp takes .* and fp32; this is a state with r and theta, and fp16"):
         layouts.write_clip(geometric(canonical), path, layout="gmp", dtype="fp16", config=config)
     assert not path.exists()
 
@@ -455,7 +457,7 @@ def test_text_encoder_round_trip(tmp_path, canonical, config, layout, lacking):
     metadata = files.read_header(tmp_path / "a").metadata
     assert metadata.keys() == {"format", "clip_config", "gmp_version", "run"}
     assert (metadata["format"], metadata["gmp_version"], metadata["run"]) == ("pt", __version__, "abc")
-    assert json.loads(metadata["clip_config"]) == {"text": dataclasses.asdict(config.text)}
+    assert json.loads(metadata["clip_config"]) == {"text": dataclasses.asdict(config.text) | {"assumed": []}}
 
 
 def test_transformers_loads_what_is_written(tmp_path, model, canonical, config):
@@ -539,6 +541,30 @@ def test_heads_and_activation_who_knows_them_in_order(tmp_path, canonical, confi
     for junk in ("{", "[]", '{"text": 3}', '{"vision": {"heads": 8}}'):
         with pytest.raises(InputError, match="set heads .--heads"):
             layouts.read_text(save(state, path, {"clip_config": junk}))
+
+
+def test_an_assumption_stays_one_in_what_is_made_of_the_file(tmp_path, canonical):
+    read = layouts.read_text(save(text_part(canonical), tmp_path / "a.safetensors"), heads=4)
+    assert read.config.assumed == ("activation",)
+    model = tmp_path / "model.safetensors"
+    layouts.write_text(read.state, model, config=read.config)
+    again = layouts.read_text(model)
+    assert (again.config.heads, again.source.assumptions) == (4, read.source.assumptions)
+    given = layouts.read_text(model, activation="gelu")
+    assert (given.config.activation, given.config.assumed, given.source.assumptions) == ("gelu", (), ())
+    says = {"model_type": "clip_text_model", "hidden_act": "gelu", "num_attention_heads": 8}
+    (tmp_path / "config.json").write_text(json.dumps(says))  # outranks what was assumed, not what was given
+    beside = layouts.read_text(model)
+    assert (beside.config.activation, beside.config.heads, beside.source.assumptions) == ("gelu", 4, ())
+
+
+def test_a_config_of_another_kind_of_model_is_refused(tmp_path, model, canonical):
+    model.save_pretrained(tmp_path)
+    for kind in ("siglip_text_model", "metaclip_2", "groupvit"):
+        config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": kind}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(InputError, match=f"its config asks for a model of type '{kind}'"):
+            layouts.read_text(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -663,6 +689,49 @@ def test_tensors_that_belong_to_nothing_are_reported_or_refused(tmp_path, canoni
     refused(layer_scale, tmp_path / "a", "not those of a CLIP: transformer.resblocks.0.ls_1.gamma")
 
 
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("text.cls_emb", layouts.read_text),  # OpenCLIP's CoCa
+        ("vision_model.embeddings.patch_embedding.bias", layouts.read_vision),
+        ("visual_projection.bias", layouts.read_vision),
+        ("text_model.embeddings.LayerNorm.weight", layouts.read_text),
+        ("visual.head.weight", layouts.read_vision),
+    ],
+)
+def test_what_changes_a_tower_is_refused_wherever_it_lies_in_it(tmp_path, model, canonical, name, read):
+    state = model.state_dict()
+    if name.startswith("text."):
+        parts = without(text_part(canonical), "logit_scale")
+        state = prefixed(parts, "text.") | vision_part(canonical)
+    if name.startswith("visual."):
+        state = canonical
+    refused({**state, name: torch.zeros(3)}, tmp_path / "a", f"not those of a CLIP: {name}", read)
+
+
+def test_a_tower_that_is_there_twice_is_refused(tmp_path, model, canonical):
+    slim = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("text_model.")}
+    twice = prefixed(slim, "clip_l.transformer.") | prefixed(slim, "text_encoders.clip_l.transformer.")
+    refused(twice, tmp_path / "a", "is there twice, at text_encoders.clip_l.* and clip_l.transformer")
+    refused(model.state_dict() | canonical, tmp_path / "a", "is there twice", layouts.read_vision)
+
+
+@pytest.mark.parametrize("name", ["visual.positional_embedding", "visual.conv1.weight", "token_embedding.weight"])
+def test_sizes_of_nothing_are_refused(tmp_path, canonical, name):
+    state = {**canonical, name: canonical[name][:0]}
+    if name == "visual.conv1.weight":
+        state[name] = canonical[name][:, :, :0, :0]
+    read = layouts.read_vision if name.startswith("visual") else layouts.read_text
+    refused(state, tmp_path / "a", "shapes do not fit together", read)
+
+
+def test_metadata_of_strangers_says_only_what_it_may(tmp_path, canonical):
+    for fields in ({"other": 5}, {"end_of_text": 10**30, "embed_dim": -1, "assumed": 7}, {"assumed": ["other"]}):
+        path = save(text_part(canonical), tmp_path / "a", {"clip_config": json.dumps({"text": fields})})
+        config = layouts.read_text(path, heads=4).config
+        assert (config.end_of_text, config.embed_dim) == (None, EMBED)
+
+
 def test_whole_numbers_as_weights_are_refused(tmp_path, model):
     name = "text_model.encoder.layers.0.mlp.fc1.weight"
     state = {**model.state_dict(), name: torch.zeros(MLP, WIDTH, dtype=torch.int8)}
@@ -691,6 +760,7 @@ def test_whole_numbers_as_weights_are_refused(tmp_path, model):
         (["control_model.input_blocks.0.0.weight"], "controlnet", "is a ControlNet"),
         (["image_proj.norm.weight", "ip_adapter.1.to_k_ip.weight"], "ip_adapter", "is an IP-Adapter"),
         (["clip_l", "clip_g"], "embedding", "is a textual inversion embedding"),
+        (["encoder.layers.0.layer_norm1.weight", "head.weight"], "siglip", "is a SigLIP"),
         (["vision_model.encoder.layers.0.layer_norm1.weight", "vision_model.head.attention.in_proj_weight"],
          "siglip", "is a SigLIP"),
         (["bert.encoder.layer.0.attention.self.query.weight"], "bert", "is a BERT"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -25,11 +26,14 @@ def inspect(options: argparse.Namespace) -> object:
             inspection = look(path)
         except InputError as error:
             problems.append(str(error))
+            answers.append({"file": str(path), "kind": None, "problems": [str(error)]})
+            print(f"{path}: {error}")
             continue
         answers.append(asdict(inspection))
         print("\n".join(lines(inspection)))
     if problems:
-        raise InputError("; ".join(problems))
+        print(f"error: {'; '.join(problems)}", file=sys.stderr)
+        options.code = 2
     return answers
 
 
@@ -49,7 +53,7 @@ def encode(options: argparse.Namespace) -> object:
     text = vision = ids = pixels = None
     notes: list[str] = []
     if asked[0]:
-        text = read_text(options.file, options.member, options.heads, options.activation)
+        text = read_text(options.file, options.member, options.heads, options.activation, options.end_of_text)
         notes += [*text.source.assumptions, *text.source.notes]
     if asked[1]:
         vision = read_vision(options.file, options.vision_heads, options.activation)
@@ -67,7 +71,9 @@ def encode(options: argparse.Namespace) -> object:
         pixels = preprocess(load_picture(options.image), vision.config.image_size)[None]
     encoded = compute(text, vision, ids, pixels)
     notes += encoded.notes
-    write_safetensors(encoded.tensors, options.out)
+    taken = {"file": options.file.name, "member": text and text.source.member, "text": options.text}
+    taken |= {"tokens": ids.tolist() if options.text else None, "notes": notes}
+    write_safetensors(encoded.tensors, options.out, {"gmp_encoded": json.dumps(taken)})
     for name, tensor in encoded.tensors.items():
         print(f"{name}: {list(tensor.shape)}")
     for note in notes:
@@ -82,14 +88,14 @@ def join(options: argparse.Namespace) -> object:
     from ..join import join as put_together
     from ..layouts import write_clip
 
+    options.layout = options.layout or "huggingface"
     _check_writing(options)
     text, vision, original = read_towers(options)
     joined = put_together(text, vision, original)
     state = split_mlps(joined.state) if options.layout == "gmp" else joined.state
     hashes = {role: source.sha256 for role, source in joined.sources.items()}
     metadata = {"gmp_sources": json.dumps({"sha256": hashes, "tensors": joined.summary()})}
-    dtype = "fp32" if options.dtype == "keep" else options.dtype
-    write_clip(state, options.out, layout=options.layout, dtype=dtype, config=joined.config, metadata=metadata)
+    write_clip(state, options.out, layout=options.layout, dtype=options.dtype, config=joined.config, metadata=metadata)
     for origin in joined.report:
         print(f"{origin.name}: {origin.tensors} tensors from {origin.source} ({origin.reason})")
     for sentence in joined.assumptions:
@@ -104,12 +110,15 @@ def convert(options: argparse.Namespace) -> object:
     from ..geometric import split_mlps
     from ..layouts import insert_text, open_text, open_vision, write_clip, write_text
 
+    if options.into and options.layout:
+        raise InputError("--into keeps the checkpoint's own layout; give --layout or --into, not both")
+    options.layout = options.layout or "huggingface"
     if options.into:
         check_safetensors(options.out)
         check_new([options.out], options.force)
     else:
         _check_writing(options)
-    text = open_text(options.file, options.member, options.heads, options.activation)
+    text = open_text(options.file, options.member, options.heads, options.activation, options.end_of_text)
     towers = [text]
     if options.whole:
         towers.append(open_vision(options.file, options.vision_heads, options.activation))
@@ -121,8 +130,11 @@ def convert(options: argparse.Namespace) -> object:
     source = text.source()
     metadata = {"gmp_source": json.dumps({"file": source.path, "sha256": source.sha256})}
     if options.into:
-        replaced = insert_text(state, options.into, options.out, member=source.member, dtype=dtype, metadata=metadata)
-        print(f"{len(replaced)} tensors of {options.into.name} replaced; all others keep their bytes")
+        names = {"member": source.member, "config": text.config}
+        inserted = insert_text(state, options.into, options.out, dtype=dtype, metadata=metadata, **names)
+        print(f"{len(inserted.replaced)} tensors of {options.into.name} replaced; its other tensors keep their bytes")
+        for sentence in inserted.notes:
+            print(f"{options.into.name}: {sentence}")
     elif options.whole:
         config = CLIPConfig(text.config, towers[1].config)
         write_clip(state, options.out, layout=options.layout, dtype=dtype, config=config, metadata=metadata)
@@ -141,8 +153,7 @@ def lora(options: argparse.Namespace) -> object:
     check_new([options.out], options.force)
     repaired = read_text(options.file, options.member, options.heads, options.activation)
     broken = read_text(options.broken, options.member or repaired.source.member, options.heads, options.activation)
-    dtype = "fp16" if options.dtype == "keep" else options.dtype
-    made = show(repair_lora(repaired, broken, options.rank, whole=not options.linears_only, dtype=dtype))
+    made = show(repair_lora(repaired, broken, options.rank, whole=not options.linears_only, dtype=options.dtype))
     write_lora(made, options.out)
     print(f"{made.member}, rank {made.rank}: keeps {made.kept:.1%} of the change in {len(made.layers)} tensors")
     for row in made.left_out:
@@ -173,5 +184,3 @@ def _tell(towers: list[OpenTower]) -> None:
     for tower in towers:
         for sentence in (*tower.assumptions, *tower.notes):
             print(sentence)
-        if unread := tower.part.unexpected:
-            print(f"not part of it and not written: {len(unread)} tensors, {unread[0]} the first")

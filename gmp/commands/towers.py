@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,23 +18,21 @@ if TYPE_CHECKING:
 
 def read_towers(options: argparse.Namespace) -> tuple[TowerFile, TowerFile, TowerFile | None]:
     """text tower, vision tower, and the original's text tower: of --original, or the vision file's where it has one."""
-    from ..files import read_header
-    from ..layouts import describe, read_text, read_vision
+    from ..layouts import read_lender, read_text, read_vision
 
-    text = read_text(options.text, options.member, options.heads, options.activation)
+    text = read_text(options.text, options.member, options.heads, options.activation, options.end_of_text)
     vision = read_vision(options.vision, options.vision_heads, options.activation)
-    path = options.original or (options.vision if describe(read_header(options.vision)).text else None)
-    original = None
-    if path:
-        held = describe(read_header(path)).text
-        member = text.source.member if text.source.member in held else None
-        original = read_text(path, member, options.heads, options.activation)
+    lender = options.original or options.vision
+    original, sentence = read_lender(lender, text.source.member, options.heads, options.activation)
+    if options.original and original is None:
+        raise InputError(f"{lender.name} was given as the original: {sentence}")
+    print(f"{lender.name}: {sentence}", file=sys.stderr)
     return text, vision, original
 
 
 def check_new(paths: list[Path], force: bool) -> None:
     """Raises InputError for files that would be replaced, unless that is asked for."""
-    if not force and (there := [str(path) for path in paths if path.exists()]):
+    if not force and (there := [str(path) for path in paths if os.path.lexists(path)]):
         raise InputError(f"{', '.join(there)} exists; choose another name, or pass --force")
 
 

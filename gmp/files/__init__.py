@@ -4,11 +4,12 @@ Opening reads headers: nothing in a file is run or imported, and sizes are check
 Tensors are read one by one, straight from their bytes. Writing is atomic: temp file beside the target, fsync, rename.
 """
 
+from .folder import is_weights
 from .header import Header, TensorInfo
-from .read import read_header, read_tensors, reader, torch_dtypes
-from .write import Pending, sha256, write_bytes, write_json, write_safetensors, write_text
+from .read import dtype_name, read_header, read_tensors, reader, torch_dtypes
+from .write import Pending, Stored, write_bytes, write_json, write_safetensors, write_text
 
 __all__ = (
-    "Header", "Pending", "TensorInfo", "read_header", "read_tensors", "reader", "sha256", "torch_dtypes",
-    "write_bytes", "write_json", "write_safetensors", "write_text",
+    "Header", "Pending", "Stored", "TensorInfo", "dtype_name", "is_weights", "read_header", "read_tensors", "reader",
+    "torch_dtypes", "write_bytes", "write_json", "write_safetensors", "write_text",
 )  # fmt: skip

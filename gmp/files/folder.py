@@ -16,14 +16,24 @@ CONFIGS = ("config.json", "open_clip_config.json")
 CONFIG_LIMIT = 1_000_000  # bytes; a config of CLIP has 5,000
 INDEX_LIMIT = 50_000_000
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
-# In the order of preference: full names before variants such as model.fp16.safetensors, safetensors before pickles.
-WEIGHTS = tuple(
-    re.compile(rf"(?:{stem}){middle}\.{suffix}")
-    for suffix in ("safetensors", "bin")
+_STEMS = ("model", "open_clip_model", "pytorch_model", "open_clip_pytorch_model")
+# What to read, in transformers' order of preference: whole before shards, safetensors before pickles, and variants such
+# as model.fp16.safetensors last.
+_ORDER = tuple(
+    re.compile(pattern)
     for middle in ("", r"\.\w+")
-    for stem in ("model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
+    for suffix in ("safetensors", "bin")
+    for pattern in (
+        *(rf"{stem}{middle}\.{suffix}" for stem in _STEMS),
+        *(rf"{stem}\.{suffix}\.index{middle}\.json" for stem in _STEMS),
+    )
 )
-_INDEX = re.compile(r"(model|pytorch_model)\.(safetensors|bin)\.index(\.\w+)?\.json|.*\.index\.json")
+WEIGHTS = tuple(pattern for pattern in _ORDER if "index" not in pattern.pattern)
+
+
+def is_weights(name: str) -> bool:
+    """True for the names that programs look for in a model folder."""
+    return any(pattern.fullmatch(name) for pattern in _ORDER)
 
 
 def read(path: Path, read_header: Callable[[Path], Header]) -> Header:
@@ -31,14 +41,13 @@ def read(path: Path, read_header: Callable[[Path], Header]) -> Header:
     if (path / "model_index.json").is_file():
         return _pipeline(path, read_header)
     names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
-    for name in names:
-        if _INDEX.fullmatch(name):
-            return _sharded(path, path / name, read_header)
-    for pattern in WEIGHTS:
-        if found := [name for name in names if pattern.fullmatch(name)]:
-            header = read_header(path / found[0])
-            others = [f"{path.name} holds {name} too, which was not read" for name in found[1:]]
-            return replace(header, path=path, container="folder", notes=(*header.notes, *others))
+    found = list(dict.fromkeys(name for pattern in _ORDER for name in names if pattern.fullmatch(name)))
+    if found:
+        sharded = found[0].endswith(".json")
+        header = _sharded(path, path / found[0], read_header) if sharded else read_header(path / found[0])
+        shards = {info.file.name for info in header.tensors.values()}
+        others = [f"{path.name} holds {name} too, which was not read" for name in found[1:] if name not in shards]
+        return replace(header, path=path, container="folder", notes=(*header.notes, *others))
     models = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".ckpt", ".pth"))]
     if models:
         raise InputError(
@@ -67,29 +76,43 @@ def _sharded(path: Path, index: Path, read_header: Callable[[Path], Header]) -> 
         raise InputError(f"{path.name} lacks {len(absent)} of {len(shards)} files of its model: {some(absent)}")
     headers = {name: read_header(path / name) for name in shards}
     tensors: dict[str, TensorInfo] = {}
+    notes, stamps = [], {}
     for name, header in headers.items():
         tensors |= {key: info for key, info in header.tensors.items() if listed.get(key) == name}
+        if unlisted := [key for key in header.tensors if listed.get(key) != name]:
+            notes.append(
+                f"{name} holds tensors that {index.name} does not list there, which were not read: {some(unlisted)}"
+            )
+        notes += header.notes
+        stamps |= header.stamps
     if lost := listed.keys() - tensors.keys():
         raise InputError(f"{path.name}: tensors are not in the files that {index.name} names: {some(lost)}")
     first = next(iter(headers.values()))
     config = with_config(replace(first, path=path / "model.safetensors")).configs
-    return Header(path, tensors, first.metadata, "folder", config, first.notes)
+    return Header(path, tensors, first.metadata, "folder", config, tuple(notes), stamps)
 
 
 def _pipeline(path: Path, read_header: Callable[[Path], Header]) -> Header:
     """diffusers: a folder per component; its tensors go by the component's name and a slash."""
     tensors: dict[str, TensorInfo] = {}
     configs: dict[str, dict[str, Any]] = {}
-    notes: list[str] = []
-    found = [name for name in ENCODERS if (path / name).is_dir()]
-    if not found:
-        raise InputError(f"{path.name} is a diffusers folder without a text encoder; give one with {ENCODERS[0]}/")
-    for name in found:
-        header = read_header(path / name)
+    notes, stamps, lacking = [], {}, []
+    for name in (name for name in ENCODERS if (path / name).is_dir()):
+        try:
+            header = read_header(path / name)
+        except InputError as error:  # T5 is often left out of a download
+            lacking.append(str(error))
+            continue
         tensors |= {f"{name}/{key}": info for key, info in header.tensors.items()}
         configs[f"{name}/"] = header.configs.get("", {})
         notes += header.notes
-    return Header(path, tensors, {}, "folder", configs, tuple(notes))
+        stamps |= header.stamps
+    if not tensors:
+        told = f" ({'; '.join(lacking)})" if lacking else ""
+        raise InputError(
+            f"{path.name} is a diffusers folder without a text encoder{told}; give one with {ENCODERS[0]}/"
+        )
+    return Header(path, tensors, {}, "folder", configs, (*notes, *lacking), stamps)
 
 
 def _json(path: Path, limit: int) -> dict[str, Any] | None:
@@ -99,7 +122,7 @@ def _json(path: Path, limit: int) -> dict[str, Any] | None:
     if path.stat().st_size > limit:
         raise InputError(f"{path.name} is {path.stat().st_size:,} bytes, too large for what it should say")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path.name} in {path.parent.name} is not JSON: {error}") from error
     return value if isinstance(value, dict) else None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+NAME_LIMIT = 500  # letters of a tensor's name
 # Bits of one item, by safetensors' names of dtypes.
 ITEM_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -18,6 +20,14 @@ ITEM_BITS = {
     "C128": 128,
     "F4": 4,
 }
+
+
+Stamp = tuple[int, int, int, int]
+
+
+def stamp(state: os.stat_result) -> Stamp:
+    """Another one for another file at the same path, and for the same file after a write."""
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class Header:
     container: "safetensors", "folder", "pickle" (torch's archives, old and recent) or "torchscript".
     configs: what `config.json` and the like say, by the prefix of the tensors they speak of, "" for all.
     notes: sentences on what is in the file beside tensors and was left unread.
+    stamps: how each file was when its header was read; its tensors are of use only while it stays so.
     """
 
     path: Path
@@ -57,3 +68,4 @@ class Header:
     container: str = "safetensors"
     configs: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict)

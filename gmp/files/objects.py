@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, some
-from .header import TensorInfo
-from .tensors import DTYPES, NAME_LIMIT, STORAGES, Storage, is_tensor, makes_tensors, tensor_info
+from .header import NAME_LIMIT, TensorInfo
+from .tensors import DTYPES, STORAGES, Storage, is_tensor, makes_tensors, tensor_info
 from .unpickle import Global, Loaded, Standin
 
 # Of several sets of tensors in a checkpoint, the first of these is the model.

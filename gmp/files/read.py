@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from ..errors import InputError
+from ..errors import ChangedError, InputError
 from . import archive, folder, safetensors
-from .header import Header, TensorInfo
+from .header import Header, TensorInfo, stamp
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _MAGIC = (
@@ -35,7 +38,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     No code in the file is run and no tensor is read. Raises InputError for a missing, empty, truncated or
     damaged file, and for any other kind of file, with a sentence that names it.
     """
-    path = Path(path)
+    path = Path(path).absolute()  # so that "." has a name
     try:
         if path.is_dir():
             return folder.read(path, read_header)
@@ -49,18 +52,21 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def _read_file(path: Path) -> Header:
+    before = {path: stamp(path.stat())}
     with path.open("rb") as file:
         start = file.read(512)
     if not start:
         raise InputError(f"{path.name} is empty (0 bytes); download or save it again")
     if start.startswith(b"PK\x03\x04"):
-        return archive.read_zip(path)
+        return replace(archive.read_zip(path), stamps=before)
     if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return archive.read_pickle(path)
+        return replace(archive.read_pickle(path), stamps=before)
     header = safetensors.read(path)
     if header is None:
+        if path.name.endswith(".index.json"):
+            raise InputError(f"{path.name} lists the parts of a model; give the folder that it lies in")
         raise InputError(f"{path.name} {_looks_like(start)}")
-    return folder.with_config(header)
+    return folder.with_config(replace(header, stamps=before))
 
 
 def _looks_like(start: bytes) -> str:
@@ -101,12 +107,21 @@ def reader(header: Header) -> Iterable[Callable[[str], Tensor]]:
             info = header.tensors[name]
             try:
                 if info.file not in opened:
-                    opened[info.file] = stack.enter_context(info.file.open("rb", buffering=0))
+                    opened[info.file] = stack.enter_context(open_unchanged(header, info.file))
                 return _read(opened[info.file], info, f"{info.file.name}: {name}")
             except OSError as error:
                 raise InputError(f"{info.file.name} cannot be read: {error.strerror or error}") from error
 
         yield read
+
+
+def open_unchanged(header: Header, path: Path) -> BinaryIO:
+    """One of the header's files. Raises ChangedError if it is not what it was when the header was read."""
+    file = path.open("rb", buffering=0)
+    if header.stamps.get(path) not in (None, stamp(os.fstat(file.fileno()))):
+        file.close()
+        raise ChangedError(f"{path.name} was changed while it was read; try again")
+    return file
 
 
 def _read(file: BinaryIO, info: TensorInfo, name: str) -> Tensor:
@@ -121,14 +136,20 @@ def _read(file: BinaryIO, info: TensorInfo, name: str) -> Tensor:
     while rest:
         count = file.readinto(rest)
         if not count:
-            raise InputError(f"{name} ends {len(rest):,} bytes early; the file was changed or cut while it was read")
+            raise ChangedError(f"{name} ends {len(rest):,} bytes early; the file was cut while it was read")
         rest = rest[count:]
     if info.stride is None or 0 in info.shape:
         return flat.view(info.shape)
     return flat.as_strided(info.shape, info.stride).contiguous()
 
 
-def torch_dtypes() -> dict[str, object]:
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch's dtype -> safetensors' name."""
+    return next(name for name, known in torch_dtypes().items() if known == dtype)
+
+
+@functools.cache
+def torch_dtypes() -> dict[str, torch.dtype]:
     """safetensors' names -> torch's dtypes, those that both have here."""
     import torch
 

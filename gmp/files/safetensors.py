@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from .header import ITEM_BITS, Header, TensorInfo
+from ..errors import InputError, some
+from .header import ITEM_BITS, NAME_LIMIT, Header, TensorInfo
 
 HEADER_LIMIT = 100_000_000  # bytes, the safetensors library's own limit
 
@@ -40,6 +41,7 @@ def _parse(path: Path, text: bytes, data_size: int) -> Header:
         metadata = {} if metadata is None else metadata
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata values are not all strings")
+        "".join((*metadata, *metadata.values())).encode()
         spans = sorted(_span(name, entry) for name, entry in entries.items())
         end = 0
         for first, last, name in spans:
@@ -65,13 +67,16 @@ def _parse(path: Path, text: bytes, data_size: int) -> Header:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     whole = dict(pairs)
     if len(whole) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} comes twice")
+        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        raise ValueError(f"names come twice: {some(twice)}")
     return whole
 
 
 def _span(name: str, entry: dict[str, Any]) -> tuple[int, int, str]:
     """First and last byte of a tensor, which must be what its dtype and shape need."""
+    if len(name) > NAME_LIMIT:
+        raise ValueError(f"a name has {len(name):,} letters")
+    name.encode()  # half a surrogate pair can be written as JSON, and nowhere else
     shape, (first, last) = entry["shape"], entry["data_offsets"]
     if not isinstance(shape, list) or any(type(number) is not int or number < 0 for number in (*shape, first, last)):
         raise ValueError(f"{name}: shape and offsets are not whole numbers")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .header import ITEM_BITS, TensorInfo
+from .header import ITEM_BITS, NAME_LIMIT, TensorInfo
 from .unpickle import Global, Persistent, Standin
 
 STORAGES = {
@@ -38,7 +38,6 @@ _UNREADABLE = {
 }
 WRAPPERS = 4  # a subclass in a parameter has two
 RANK_LIMIT = 64
-NAME_LIMIT = 500  # letters
 
 
 @dataclass(frozen=True)

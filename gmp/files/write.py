@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import math
 import os
@@ -15,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ..errors import InputError
-from .header import ITEM_BITS, TensorInfo
-from .read import torch_dtypes
+from ..errors import ChangedError, InputError
+from .header import ITEM_BITS, Header
+from .read import dtype_name, open_unchanged
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,17 +33,24 @@ class Pending:
     make: Callable[[], Tensor]
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file as hex, read in pieces of 4 MiB."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of another file, whose bytes are copied as they are. Its stride is None."""
+
+    header: Header
+    name: str
+
+    @property
+    def dtype(self) -> str:
+        return self.header.tensors[self.name].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.header.tensors[self.name].shape
 
 
 def write_safetensors(
-    tensors: Mapping[str, Tensor | Pending | TensorInfo],
+    tensors: Mapping[str, Tensor | Pending | Stored],
     path: str | os.PathLike[str],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
@@ -74,15 +80,14 @@ def write_safetensors(
         _sync(file)
 
 
-def _kind(tensor: Tensor | Pending | TensorInfo) -> tuple[str, tuple[int, ...]]:
-    if isinstance(tensor, (Pending, TensorInfo)):
+def _kind(tensor: Tensor | Pending | Stored) -> tuple[str, tuple[int, ...]]:
+    if isinstance(tensor, (Pending, Stored)):
         return tensor.dtype, tensor.shape
-    names = {dtype: name for name, dtype in torch_dtypes().items()}
-    return names[tensor.dtype], tuple(tensor.shape)
+    return dtype_name(tensor.dtype), tuple(tensor.shape)
 
 
-def _write(file: BinaryIO, tensor: Tensor | Pending | TensorInfo, kind: tuple[str, tuple[int, ...]]) -> None:
-    if isinstance(tensor, TensorInfo):
+def _write(file: BinaryIO, tensor: Tensor | Pending | Stored, kind: tuple[str, tuple[int, ...]]) -> None:
+    if isinstance(tensor, Stored):
         return _copy(file, tensor)
     if isinstance(tensor, Pending):
         tensor = tensor.make()
@@ -94,17 +99,17 @@ def _write(file: BinaryIO, tensor: Tensor | Pending | TensorInfo, kind: tuple[st
     file.write(plain.view(torch.uint8).numpy().data)
 
 
-def _copy(file: BinaryIO, info: TensorInfo) -> None:
-    """The bytes of another file's contiguous tensor."""
+def _copy(file: BinaryIO, tensor: Stored) -> None:
+    info = tensor.header.tensors[tensor.name]
     if info.stride is not None:
-        raise ValueError(f"a tensor of {info.file.name} is not contiguous and cannot be copied as it is")
+        raise ValueError(f"{tensor.name} of {info.file.name} is not contiguous and cannot be copied as it is")
     left = info.bytes
-    with info.file.open("rb") as source:
+    with open_unchanged(tensor.header, info.file) as source:
         source.seek(info.start)
         while left:
             piece = source.read(min(left, PIECE))
             if not piece:
-                raise InputError(f"{info.file.name} ends {left:,} bytes early; it was changed while it was read")
+                raise ChangedError(f"{info.file.name} ends {left:,} bytes early; it was cut while it was read")
             file.write(piece)
             left -= len(piece)
 

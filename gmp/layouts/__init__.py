@@ -7,11 +7,21 @@ back into the checkpoint that it came from.
 
 from .detect import Contents, Part, describe
 from .insert import insert_text
-from .read import OpenTower, Source, TowerFile, open_text, open_vision, projection_fault, read_text, read_vision
+from .read import (
+    OpenTower,
+    Source,
+    TowerFile,
+    open_text,
+    open_vision,
+    projection_fault,
+    read_lender,
+    read_text,
+    read_vision,
+)
 from .write import WRITERS, targets, write_clip, write_text
 
 __all__ = (
     "WRITERS", "Contents", "OpenTower", "Part", "Source", "TowerFile",
-    "describe", "insert_text", "open_text", "open_vision", "projection_fault", "read_text", "read_vision", "targets",
-    "write_clip", "write_text",
+    "describe", "insert_text", "open_text", "open_vision", "projection_fault", "read_lender", "read_text",
+    "read_vision", "targets", "write_clip", "write_text",
 )  # fmt: skip

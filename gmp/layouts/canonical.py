@@ -7,6 +7,7 @@ again, so a naming is one function `piece(name)`, used in both directions.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -111,7 +112,9 @@ def sizes_of(tower: str, names: Mapping[str, tuple], shapes: Mapping[str, Shape]
         if shape != wanted:
             wrong.append(f"{name} is {list(shape)} and not {list(wanted)}")
     sizes.pop("3 width", None)
-    if "rows" in sizes and round((sizes["rows"] - 1) ** 0.5) ** 2 != sizes["rows"] - 1:
+    if nothing := [symbol for symbol, size in sizes.items() if size < 1]:
+        wrong.append(f"{' and '.join(nothing)} 0")
+    if "rows" in sizes and math.isqrt(max(sizes["rows"] - 1, 0)) ** 2 != max(sizes["rows"] - 1, 1):
         wrong.append(f"visual.positional_embedding has {sizes['rows']} rows, not one more than a square number")
     return sizes, [f"shapes do not fit together: {some(wrong)}"] if wrong else []
 

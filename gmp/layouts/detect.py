@@ -80,12 +80,13 @@ def describe(header: Header) -> Contents:
     parts = [_part(place, stacks[place.stack], header) for place in places]
 
     text: dict[str, Part] = {}
+    vision: Part | None = None
     problems = []
     for part in parts:
-        if part.place.tower == "text" and text.setdefault(part.member, part) is not part:
-            both = f"{text[part.member].place.stack} and {part.place.stack}"
-            problems.append(f"holds {part.member} twice, at {both}; the first is read")
-    vision = next((part for part in parts if part.place.tower == "vision"), None)
+        if part.place.tower == "text":
+            text[part.member] = _once(text.get(part.member), part)
+        else:
+            vision = _once(vision, part)
     if parts:
         whole = kind in ("checkpoint", "diffusion_model") or parts[0].layout == "diffusers"
         alone = "clip" if text and vision else "text_encoder" if text else "vision_tower"
@@ -93,8 +94,17 @@ def describe(header: Header) -> Contents:
     else:
         problems.append(_nothing_found(kind, some(stacks), keys))
     layout = "+".join(dict.fromkeys(part.layout for part in parts))
-    problems += [f"{part.member or 'vision'}: {problem}" for part in parts for problem in part.problems]
+    held = [*text.values(), *([vision] if vision else [])]
+    problems += [f"{part.member or 'vision'}: {problem}" for part in held for problem in part.problems]
     return Contents(kind, layout, text, vision, tuple(problems))
+
+
+def _once(first: Part | None, part: Part) -> Part:
+    """The part, or the first of its name with a problem: nothing tells which of the two a program would take."""
+    if first is None:
+        return part
+    twice = f"is there twice, at {first.place.stack} and {part.place.stack}; save the one that is meant by itself"
+    return replace(first, problems=(*first.problems, twice))
 
 
 def _is_at(place: Place, keys: Collection[str]) -> bool:
@@ -127,6 +137,8 @@ def _part(place: Place, blocks: set[int], header: Header) -> Part:
     missing = tuple(name for name in LENT if absent.get(name))
     if lost := [key for name, gone in absent.items() if name not in LENT for key in gone]:
         problems.append(f"tensors are missing: {some(lost)}")
+        if lost == absent.get("visual.proj"):  # transformers' CLIPVisionModel
+            problems[-1] += ", its projection; give a vision tower that has it, or the full CLIP"
     known = {key for piece in pieces.values() for key in piece.keys}
     scales = {scale for piece in pieces.values() for scale in piece.scales.values()}
     pieces = {name: piece for name, piece in pieces.items() if not absent[name]}
@@ -171,15 +183,25 @@ def _gaps(place: Place, blocks: set[int]) -> list[str]:
     return [f"blocks are missing from {place.stack}: {', '.join(map(str, first))}{more} ({count} in all)"]
 
 
+def _inside(place: Place) -> tuple[str, ...]:
+    """What the names of a tower's own tensors begin with: whatever else begins so changes what the tower computes."""
+    if place.prefix.endswith("text."):
+        return (place.prefix,)
+    base = place.prefix if place.tower == "text" else place.root
+    names = expected(place.tower, (0,)).keys() - {"logit_scale"}
+    keys = {key for name in names for key in place.keys(place.piece(name)).keys}
+    return tuple({f"{base}{key.removeprefix(base).partition('.')[0]}." for key in keys})
+
+
 def _unreadable(place: Place, used: set[str], unexpected: set[str], header: Header) -> list[str]:
     """Sentences for tensors that make this another model than the canonical form can hold."""
     problems = []
+    foreign = _inside(place)
     if strange := {key for key in used if header.tensors[key].dtype not in DTYPES}:
         types = some({header.tensors[key].dtype for key in strange})
         problems.append(f"tensors are {types}, not a floating point type that is read: {some(strange)}")
     if left := {key for key in unexpected if _LEFT_SCALE.search(key)}:
         problems.append(f"is quantised in a way that is not read; give the fp16 or fp32 edition ({some(left, 2)})")
-    foreign = (f"{place.stack}.", place.key("text_projection."))
     if extra := {key for key in unexpected if key.startswith(foreign) and not _LEFT_SCALE.search(key)}:
         problems.append(f"tensors are not those of a CLIP: {some(extra)}")
     return problems

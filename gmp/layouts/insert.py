@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .. import __version__, files
@@ -16,8 +17,18 @@ from .write import DTYPES, parts
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..clip import TextConfig
+
 # Entries that state the hash of the file's tensors; they would be wrong in the copy.
 _HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+
+
+@dataclass(frozen=True)
+class Inserted:
+    """Names of the tensors that were replaced, and sentences on what was left out, left as it was, or not copied."""
+
+    replaced: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def insert_text(
@@ -26,13 +37,14 @@ def insert_text(
     path: str | os.PathLike[str],
     *,
     member: str,
+    config: TextConfig,
     dtype: str = "keep",
     metadata: Mapping[str, str] | None = None,
-) -> tuple[str, ...]:
-    """Write a copy of a checkpoint with another text encoder in it; returns the names of the replaced tensors.
+) -> Inserted:
+    """Write a copy of a checkpoint with another text encoder in it.
 
     state: a text encoder in canonical form, plain weights. What the checkpoint has no place for, such as clip_l's
-    projection, is left out; what the state lacks (logit_scale, a projection) stays as it is.
+    projection, is left out; what the state lacks, and the logit scale, stays as it is. The notes say so.
     dtype: "keep" takes the one that the checkpoint has each tensor in; "fp32", "fp16" or "bf16" for all replaced.
     path: a .safetensors file, written tensor by tensor; a pickled checkpoint's tensors are written so too.
     Raises InputError for a checkpoint without such an encoder, other shapes, and values that a dtype cannot hold.
@@ -45,7 +57,9 @@ def insert_text(
         raise InputError(f"{name} is a folder, not a checkpoint in one file; write a huggingface_folder in its place")
     part = describe(header).text.get(member)
     if part is None:
-        raise InputError(f"{name} holds no {member} to replace; it holds {some(describe(header).text) or 'none'}")
+        raise InputError(
+            f"{name} holds no {member} to replace; it holds {some(describe(header).text) or 'no text encoder'}"
+        )
     if part.problems:
         raise InputError(f"{name}: its {member} cannot be replaced: {'; '.join(part.problems)}")
     if any(piece.scales or piece.kept for piece in part.pieces.values()) or part.layout == "gmp":
@@ -60,21 +74,29 @@ def insert_text(
     # SD2's checkpoints may end before clip_h's last block, which SD2 does not read
     blocks = {f"{at[0]}.{at[1]}" for each in state if (at := block_name(each)) and at[1] >= part.layers}
     wrong += [f"{block} has no place" for block in sorted(blocks.difference(part.missing))]
+    if part.place.activation not in (None, config.activation):
+        wrong.append(f"its activation is {config.activation} and not {part.place.activation}")
     if wrong:
         raise InputError(f"{name}: the text encoder does not fit its {member}: {some(wrong)}")
 
     pieces = {each: piece for each, piece in part.pieces.items() if each in state and each != "logit_scale"}
     fresh = parts(state, pieces, lambda key, _: DTYPES[dtype] or header.tensors[key].dtype, name)
     notes = {"gmp_version": __version__, "gmp_replaced": json.dumps({"member": member, "tensors": len(fresh)})}
-    kept = {key: value for key, value in header.metadata.items() if key not in _HASHES}
+    entries = {key: value for key, value in header.metadata.items() if key not in _HASHES}
     whole = {key: fresh.get(key) or _as_it_is(header, key) for key in header.tensors}
-    files.write_safetensors(whole, path, {**kept, **(metadata or {}), **notes})
-    return tuple(fresh)
+    files.write_safetensors(whole, path, {**entries, **(metadata or {}), **notes})
+    left_out = sorted(state.keys() - part.pieces.keys())
+    kept = [each for each in ("text_projection", "logit_scale") if each in part.pieces and each not in pieces]
+    dtypes = {pending.dtype for pending in fresh.values()}
+    sentences = [f"stored as {some(dtypes)}"]
+    sentences += [f"{some(left_out)}: {name} has no place for it"] if left_out else []
+    sentences += [f"{' and '.join(kept)}: the checkpoint's own stays"] if kept else []
+    return Inserted(tuple(fresh), (*header.notes, *sentences))
 
 
-def _as_it_is(header: files.Header, key: str) -> files.TensorInfo | files.Pending:
+def _as_it_is(header: files.Header, key: str) -> files.Stored | files.Pending:
     """A tensor of the checkpoint for its copy; one that is not contiguous has to be read for that."""
     info = header.tensors[key]
     if info.stride is None:
-        return info
+        return files.Stored(header, key)
     return files.Pending(info.dtype, info.shape, lambda: files.read_tensors(header, [key])[key])

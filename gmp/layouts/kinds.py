@@ -16,11 +16,11 @@ _SIGNS = (
         r"^(model\.)?(diffusion_model|double_blocks|joint_blocks|transformer_blocks|down_blocks|input_blocks)\.",
     ),
     ("embedding", r"^emb_params$|^string_to_param\b|^(clip_[lg]|t5xxl)$"),
-    ("siglip", r"^(vision_model\.head\.attention|text_model\.head\.)"),
+    ("siglip", r"^(vision_model\.)?head\.(attention|layernorm|mlp)\b|^(text_model\.)?head\.(weight|bias)$"),
     ("t5", r"(^|\.)encoder\.block\.\d+\.layer\.\d+\.|^shared\.weight$"),
     (
         "language_model",
-        r"(^|\.)(model|language_model)\.(.*\.)?layers\.\d+\.(self_attn|mlp)\.|(^|\.)embed_tokens\.weight$",
+        r"(^|\.)(model|language_model)\.(\w+\.){0,3}layers\.\d+\.(self_attn|mlp)\.|(^|\.)embed_tokens\.weight$",
     ),
     ("bert", r"(^|\.)encoder\.layer\.\d+\.attention\.self\."),
     ("vae", r"^(first_stage_model\.|vae\.|(en|de)coder\.(conv_in|conv_out|mid|mid_block|down|up)\b)"),

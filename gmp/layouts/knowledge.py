@@ -28,6 +28,7 @@ _OPEN_CLIP = {
         "attentional_pool": (False,), "ls_init_value": (None,), "no_ln_pre": (False,),
     },
 }  # fmt: skip
+VOCABULARY = 49408  # ids of CLIP's own tokenizer
 _LEGACY_END = 2  # in practically all of the hub's configs; transformers then takes the largest id
 
 
@@ -40,19 +41,25 @@ class Settled:
     end_of_text: int | None
     embed_dim: int | None
     assumptions: tuple[str, ...]
+    assumed: tuple[str, ...]  # the fields that they speak of
 
 
-def settle(part: Part, header: Header, heads: int | None, activation: str | None) -> Settled:
+def settle(
+    part: Part, header: Header, heads: int | None, activation: str | None, end_of_text: int | None = None
+) -> Settled:
     """Heads, activation and end-of-text of a tower.
 
     Raises InputError for heads that cannot be told or do not divide the width, and for an unknown activation.
     """
     tower, width = part.place.tower, part.sizes["width"]
     name = header.path.name
-    known = _config(header, part.place) | stored_config(header.metadata, tower)
+    stored = stored_config(header.metadata, tower)
+    doubtful = {name: stored[name] for name in stored.pop("assumed", ()) if name in stored}
+    firm = {name: value for name, value in stored.items() if name not in doubtful}
+    known = _config(header, part.place) | firm
     if other := known.get("other"):
         raise InputError(f"{name}: its config asks for {', '.join(other)}, which is not CLIP's {tower} tower")
-    assumptions = []
+    assumptions, assumed = [], []
 
     if heads is None:
         heads = known.get("heads") or (TEXT_HEADS if tower == "text" else VISION_HEADS).get(width)
@@ -62,7 +69,8 @@ def settle(part: Part, header: Header, heads: int | None, activation: str | None
             raise InputError(
                 f"{name}: a {tower} tower of width {width} does not tell its number of heads; set heads ({option})"
             )
-        heads = width // 64
+        heads = doubtful.get("heads") or width // 64
+        assumed.append("heads")
         assumptions.append(
             f"{heads} attention heads assumed for a {tower} tower of width {width}: 64 channels each is "
             f"usual, but the file does not say; set heads otherwise ({option})"
@@ -73,24 +81,34 @@ def settle(part: Part, header: Header, heads: int | None, activation: str | None
     activation = activation or known.get("activation") or part.place.activation
     if activation is None:
         activation, other, models = "gelu", "quick_gelu", "OpenAI, Apple and MetaCLIP"
-        if width <= OPENAI_WIDTHS[tower]:
+        if doubtful.get("activation", "quick_gelu" if width <= OPENAI_WIDTHS[tower] else "gelu") == "quick_gelu":
             activation, other, models = "quick_gelu", "gelu", "LAION"
+        assumed.append("activation")
         assumptions.append(
             f"activation {activation} assumed: a file with these names does not say; "
             f"for {models} models set {other} (--activation)"
         )
     if activation not in ACTIVATIONS:
         raise InputError(f"{name}: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    end, embed = known.get("end_of_text"), known.get("embed_dim")
-    return Settled(heads, activation, _whole(end), _whole(embed), tuple(assumptions))
+    end = end_of_text or _whole(known.get("end_of_text"))
+    if tower == "text" and end is None and part.sizes["vocab"] > VOCABULARY and "end_of_text" not in known:
+        assumed.append("end_of_text")
+        assumptions.append(
+            f"end-of-text assumed to be the largest id of a caption; with {part.sizes['vocab']} ids, more than CLIP's "
+            f"{VOCABULARY}, it may be another: set it (--end-of-text)"
+        )
+    return Settled(heads, activation, end, _whole(known.get("embed_dim")), tuple(assumptions), tuple(assumed))
 
 
 def stored_config(metadata: Mapping[str, str], tower: str) -> dict[str, Any]:
     """The tower's fields in the metadata entry `clip_config`, {} where it has none."""
     try:
-        return _mapping(json.loads(metadata.get("clip_config", "{}"))[tower])
+        fields = _mapping(json.loads(metadata.get("clip_config", "{}"))[tower])
     except (ValueError, KeyError, TypeError, RecursionError):
         return {}
+    kept = {name: fields[name] for name in ("heads", "activation", "end_of_text", "embed_dim") if name in fields}
+    assumed = fields.get("assumed")
+    return kept | {"assumed": [name for name in kept if isinstance(assumed, list) and name in assumed]}
 
 
 def _config(header: Header, place: Place) -> dict[str, Any]:
@@ -99,9 +117,10 @@ def _config(header: Header, place: Place) -> dict[str, Any]:
     config = header.configs[max(prefixes, key=len)] if prefixes else {}
     if "model_cfg" in config:
         return _open_clip(_mapping(config["model_cfg"]), place.tower)
-    if "clip" in str(config.get("model_type", "")):
+    kind = config.get("model_type")
+    if kind in ("clip", "clip_text_model", "clip_vision_model"):
         return _huggingface(config, place.tower)
-    return {}
+    return {"other": [f"a model of type {kind!r}"]} if isinstance(kind, str) else {}
 
 
 def _huggingface(config: dict[str, Any], tower: str) -> dict[str, Any]:
@@ -128,7 +147,7 @@ def _open_clip(config: dict[str, Any], tower: str) -> dict[str, Any]:
         width, head_width = fields.get("width", 768), fields.get("head_width", 64)
         heads = width // head_width if _whole(width) and _whole(head_width) else None
     elif fields.get("pool_type") == "eos":
-        end = fields.get("eos_id")
+        end = fields.get("eos_id", 2)  # OpenCLIP's own default; it means the id 2 by it
     return {
         "other": other,
         "heads": heads,
@@ -148,4 +167,4 @@ def _mapping(value: object) -> dict[str, Any]:
 
 
 def _whole(value: object) -> int | None:
-    return value if type(value) is int and value > 0 else None
+    return value if type(value) is int and 0 < value < 1 << 31 else None

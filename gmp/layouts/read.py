@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from .. import files
 from ..architectures import image_size
-from ..errors import InputError, some
+from ..errors import ChangedError, InputError, some
 from .canonical import LENT, Piece, assemble, content_hash, is_finite
 from .detect import NAMES, Contents, Part, describe, shape_of
 from .knowledge import settle
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from ..clip import TextConfig, VisionConfig
 
+_TRIES = 3
+_POSITIONS = 100_000  # more ids than these are no positions, and not looked at
 # Formats of ComfyUI's quantised layers whose weight is the stored number times its scale.
 _PLAIN_SCALES = ("float8_e4m3fn", "float8_e5m2")
 
@@ -99,22 +102,27 @@ def open_text(
     member: str | None = None,
     heads: int | None = None,
     activation: str | None = None,
+    end_of_text: int | None = None,
 ) -> OpenTower:
     """Find a text encoder in a file or folder; its tensors are read later, one by one.
 
     member: "clip_l", "clip_g" or "clip_h"; None takes the only one, or clip_l where there are several.
-    heads, activation: not in the tensors; None asks the metadata, the config, the family, and then assumes.
+    heads, activation, end_of_text: not in the tensors; None asks the metadata, the config, the family, then assumes.
     Raises InputError for files that hold no such text encoder, or a damaged one.
     """
     header = files.read_header(path)
     contents = describe(header)
     if not contents.text:
         raise InputError(f"{header.path.name} {_instead(contents, 'text')}")
+    taken = ()
     if member is None:
         member = "clip_l" if "clip_l" in contents.text else next(iter(contents.text))
+        if len(contents.text) > 1:
+            taken = (f"holds {some(contents.text)}; {member} was taken",)
     if member not in contents.text:
         raise InputError(f"{header.path.name} has no text encoder {member!r}; it holds {some(contents.text)}")
-    return _open(header, contents.text[member], heads, activation)
+    header = replace(header, notes=(*taken, *header.notes))
+    return _open(header, contents.text[member], heads, activation, end_of_text)
 
 
 def open_vision(path: str | os.PathLike[str], heads: int | None = None, activation: str | None = None) -> OpenTower:
@@ -131,14 +139,16 @@ def read_text(
     member: str | None = None,
     heads: int | None = None,
     activation: str | None = None,
+    end_of_text: int | None = None,
     *,
     fold: bool = True,
 ) -> TowerFile:
     """Read a text encoder: canonical names without `visual.`; `text_projection`, `logit_scale` where there.
 
-    Arguments as for `open_text`; fold: turn r and theta into weights, False keeps them.
+    Arguments as for `open_text`; fold: turn r and theta into weights, False keeps them. A file that is replaced in the
+    meantime is read anew: the tensors are always those of one file.
     """
-    return _read(open_text(path, member, heads, activation), fold)
+    return _steady(lambda: _read(open_text(path, member, heads, activation, end_of_text), fold))
 
 
 def read_vision(
@@ -149,7 +159,35 @@ def read_vision(
     fold: bool = True,
 ) -> TowerFile:
     """Read a vision tower with its projection, all below `visual.`. Arguments as for `read_text`."""
-    return _read(open_vision(path, heads, activation), fold)
+    return _steady(lambda: _read(open_vision(path, heads, activation), fold))
+
+
+def read_lender(
+    path: str | os.PathLike[str], member: str | None = None, heads: int | None = None, activation: str | None = None
+) -> tuple[TowerFile | None, str]:
+    """The text tower beside a vision tower, which lends its projection and is the anchor; and a sentence on it.
+
+    None where the file has none, has several and no member is named, or it cannot be read: the sentence says which.
+    """
+    held = describe(files.read_header(path)).text
+    if not held:
+        return None, "no text tower in it: nothing is lent and nothing to anchor to, unless an original is given"
+    if member not in held and len(held) > 1:
+        return None, f"{some(held)} in it, and nothing tells which belongs to the vision tower: give it as the original"
+    try:
+        tower = read_text(path, member if member in held else None, heads, activation)
+    except InputError as error:
+        return None, f"its text tower is not used: {error}"
+    return tower, "a full CLIP: its text tower lends and anchors"
+
+
+def _steady(read: Callable[[], TowerFile]) -> TowerFile:
+    for _ in range(_TRIES):
+        try:
+            return read()
+        except ChangedError:  # another program, or a repair that saves a better step, has replaced the file
+            continue
+    return read()
 
 
 def projection_fault(projection: Tensor) -> str | None:
@@ -185,16 +223,20 @@ def _instead(contents: Contents, wanted: str) -> str:
     return "; ".join(contents.problems)
 
 
-def _open(header: files.Header, part: Part, heads: int | None, activation: str | None) -> OpenTower:
+def _open(
+    header: files.Header, part: Part, heads: int | None, activation: str | None, end_of_text: int | None = None
+) -> OpenTower:
     from ..clip import TextConfig, VisionConfig
 
     problems = [*part.problems, *_unknown_scales(header, part)]
     if problems:
         raise InputError(f"{header.path.name}: the {NAMES[part.place.tower]} cannot be read: {'; '.join(problems)}")
-    settled = settle(part, header, heads, activation)
+    settled = settle(part, header, heads, activation, end_of_text)
     sizes = part.sizes
     shape = (sizes["width"], part.layers, settled.heads, sizes["mlp"])
     notes = [*header.notes, *_damages(header, part), *_changes(part)]
+    if part.unexpected:
+        notes.append(f"not part of a CLIP, and not read: {some(part.unexpected)}")
     unusable = ()
     if part.place.tower == "text":
         faults = _faults(header, part)
@@ -203,10 +245,18 @@ def _open(header: files.Header, part: Part, heads: int | None, activation: str |
         own = None if "text_projection" in faults else sizes.get("embed")
         embed_dim = own or settled.embed_dim or sizes["width"]
         config = TextConfig(
-            *shape, sizes["context"], sizes["vocab"], embed_dim, settled.activation, settled.end_of_text
+            *shape,
+            sizes["context"],
+            sizes["vocab"],
+            embed_dim,
+            settled.activation,
+            settled.end_of_text,
+            settled.assumed,
         )
     else:
-        config = VisionConfig(*shape, sizes["patch"], image_size(sizes), sizes["embed"], settled.activation)
+        config = VisionConfig(
+            *shape, sizes["patch"], image_size(sizes), sizes["embed"], settled.activation, settled.assumed
+        )
     return OpenTower(header, part, config, settled.assumptions, tuple(notes), unusable)
 
 
@@ -309,7 +359,7 @@ def _damages(header: files.Header, part: Part) -> list[str]:
 
     sentences = []
     for key in part.buffers:
-        if not key.endswith("position_ids"):
+        if not key.endswith("position_ids") or header.tensors[key].items > _POSITIONS:
             continue
         found = files.read_tensors(header, [key])[key].flatten().double()
         wrong = found != torch.arange(len(found), dtype=torch.float64)

@@ -41,7 +41,6 @@ FOLDERS = {
     "open_clip_folder": ("open_clip_model.safetensors", "open_clip_config.json", configs.open_clip),
 }
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "keep": None}
-FP16_MAX = 65504.0
 
 
 def write_text(
@@ -97,8 +96,8 @@ def _write(
     geometric = any(key.endswith(".theta") for key in state)
     if layout == "gmp" and (not geometric or dtype != "fp32"):
         raise InputError(
-            f"cannot write {name}: layout gmp is for a state with r and theta, in fp32; "
-            f"this is {'one' if geometric else 'a state with plain weights'}, in {dtype}"
+            f"cannot write {name}: layout gmp takes a state with r and theta, and fp32; "
+            f"this is a state with {'r and theta' if geometric else 'plain weights'}, and {dtype}"
         )
     if layout == "open_clip_folder":
         if len(towers) < 2:
@@ -108,6 +107,10 @@ def _write(
             raise InputError(
                 f"cannot write {name}: OpenCLIP has one activation for both towers, not {some(activations)}"
             )
+    if layout == "huggingface_folder" and config["text"]["end_of_text"] == 2:
+        raise InputError(
+            f"cannot write {name}: for an end-of-text of 2, transformers takes the largest id of a caption"
+        )
     if problems := _unwritable(state, towers, config):
         raise InputError(f"cannot write {name}: {'; '.join(problems)}")
     plain = fold_state(state) if geometric and layout != "gmp" else state
@@ -119,9 +122,23 @@ def _write(
         return files.write_safetensors(tensors, path, header)
     weights, config_name, make = FOLDERS[layout]
     projected = "text_projection" in plain
-    path.mkdir(parents=True, exist_ok=True)
+    if others := _other_weights(path, weights):
+        raise InputError(
+            f"cannot write {name}: it holds {some(others)}, which programs may read instead; remove it first"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {path}: {error.strerror}; choose another place") from error
     files.write_safetensors(tensors, path / weights, header)
     files.write_json(make(config, projected), path / config_name)
+
+
+def _other_weights(folder: Path, name: str) -> list[str]:
+    """Files of a folder that programs take for its model's weights, beside the one of this name."""
+    if not folder.is_dir():
+        return []
+    return [each.name for each in folder.iterdir() if each.name != name and files.is_weights(each.name)]
 
 
 def targets(path: str | os.PathLike[str], layout: str) -> list[Path]:
@@ -144,30 +161,22 @@ def parts(
     dtype_of: from a tensor's name in the file and its canonical tensor. name: the file's, for the message.
     Raises InputError for NaN, infinity, and values that a dtype cannot hold.
     """
-    result, broken, half = {}, [], False
+    import torch
+
+    result, broken, limits = {}, [], set()
     for each, piece in pieces.items():
         tensor = state[each]
         for key, part in canonical.take_apart(piece, _made(tensor)).items():
             dtype = dtype_of(key, tensor)
-            half |= dtype == "F16"
-            if not _holds(dtype, part):
+            limit = torch.finfo(files.torch_dtypes()[dtype]).max
+            if not all(bool((values.abs() <= limit).all()) for values in canonical.chunks(part)):  # NaN is not either
                 broken.append(key)
+                limits |= {f"{limit:g}, which is where {dtype} ends"} if limit < 1e30 else set()
             result[key] = files.Pending(dtype, tuple(part.shape), partial(_part, tensor, piece, key, dtype))
     if broken:
-        over = f", or values over {FP16_MAX:g}, which is where fp16 ends" if half else ""
+        over = f", or values over {some(limits)}," if limits else ""
         raise InputError(f"cannot write {name}: NaN or infinity{over}, in {len(broken)} tensors: {some(broken)}")
     return result
-
-
-def _holds(dtype: str, tensor: Tensor) -> bool:
-    """True if all values are numbers, also after a cast."""
-    target = files.torch_dtypes()[dtype]
-    for values in canonical.chunks(tensor):
-        if dtype == "F16" and values.numel() and values.abs().max() > FP16_MAX:
-            return False
-        if not values.to(target).float().isfinite().all():
-            return False
-    return True
 
 
 def _part(tensor: Tensor | files.Pending, piece: canonical.Piece, key: str, dtype: str) -> Tensor:
@@ -181,7 +190,7 @@ def _made(tensor: Tensor | files.Pending) -> Tensor:
 def _dtype(tensor: Tensor | files.Pending) -> str:
     if isinstance(tensor, files.Pending):
         return tensor.dtype
-    return next(name for name, dtype in files.torch_dtypes().items() if dtype == tensor.dtype)
+    return files.dtype_name(tensor.dtype)
 
 
 def _unwritable(

@@ -71,10 +71,42 @@ def test_sdxl_takes_a_clip_g_with_its_projection(host):
 
 def test_sd2_takes_a_clip_h(host):
     seen = dumps(host, swapped("sd2", member="clip_h"))
-    for part in ("cond", "pooled"):
-        assert not torch.allclose(seen["before"][part], seen["after"][part], atol=1e-2)
-    assert "text_projection" in seen["other"]
+    assert not torch.allclose(seen["before"]["cond"], seen["after"]["cond"], atol=1e-2)
+    assert seen["after"]["cond"].isfinite().all()
+    assert "text_projection" not in seen["other"]  # most files lack it, which leaves uninitialised memory
     same(seen["again"], seen["other"])
+
+
+@pytest.mark.parametrize("kind, member", [("sdxl", "clip_l"), ("sd2", "clip_h")])
+def test_a_projection_that_files_lack_is_not_patched(host, kind, member):
+    """An encoder with a projection of its own goes into a CLIP whose projection is uninitialised."""
+    prompt = {
+        "clip": node("GmPTestTinyCLIP", kind=kind),
+        "encoder": node("GmPTextEncoderFromCLIP", clip=["clip", 0], member=member),
+        "other": node("GmPTestPerturb", text_encoder=["encoder", 0], layers=0, projection=True),
+        "apply": node("GmPApplyToCLIP", clip=["clip", 0], text_encoder=["other", 0], member="auto", strength=1.0),
+        "patches": node("GmPTestPatches", clip=["apply", 0]),
+    }
+    result = host.run(prompt)
+    assert result.status == "success", (result.failed, result.error)
+    patched = set(result.outputs["patches"])
+    assert f"{member}.transformer.text_model.final_layer_norm.weight" in patched
+    assert not [name for name in patched if "text_projection" in name]
+
+
+@pytest.mark.parametrize("projection, words", [("zeros", "is all zeros"), ("NaN", "holds NaN or infinity")])
+def test_a_projection_of_clip_g_that_cannot_be_a_trained_one_is_left_out(host, projection, words):
+    prompt = {
+        "clip": node("GmPTestTinyCLIP", kind="sdxl", projection=projection),
+        "encoder": node("GmPTextEncoderFromCLIP", clip=["clip", 0], member="clip_g"),
+        "dump": node("GmPTestDump", value=["encoder", 0], name="unprojected"),
+    }
+    result = host.run(prompt)
+    assert result.status == "success", (result.failed, result.error)
+    assert "text_projection" not in load_file(host.output / "unprojected.safetensors")
+    lines = result.outputs["encoder"][0].split("\n· ")
+    assert f"its text_projection {words} and is not used" in lines
+    assert "not in it: text_projection, logit_scale" in lines
 
 
 def test_flux_keeps_its_t5(host):

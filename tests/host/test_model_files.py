@@ -7,9 +7,9 @@ import urllib.parse
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from gmp.layouts import write_clip, write_text
+from gmp.layouts import read_text, write_clip, write_text
 from tests.host import models
 from tests.host.graphs import node
 from tests.host.models import CONFIG
@@ -30,6 +30,8 @@ def placed(host, states):
     torch.save(models.text_part(states["clip_l"], lent=True), root / "text_encoders/sub/openai names.pt")
     vision = {name: tensor for name, tensor in states["whole"].items() if name.startswith("visual.")}
     torch.save(vision, root / "clip_vision" / "vision.pt")
+    damaged = states["whole"] | {"ln_final.bias": torch.full((64,), torch.nan)}
+    save_file({name: t.contiguous() for name, t in damaged.items()}, root / "clip_vision" / "damaged text.safetensors")
     models.sdxl_checkpoint(root / "checkpoints" / "small_xl.safetensors", clip_l, clip_g)
     write_text(clip_l, root / "diffusers" / "alone", layout="huggingface_folder", config=CONFIG.text)
     (root / "diffusers/pipe/model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
@@ -104,7 +106,8 @@ def test_a_member_that_is_not_there_is_named(host, placed):
 @pytest.mark.parametrize(
     "file, lends, anchor",
     [
-        ("vision.pt", "no text tower in it: nothing to anchor to", "anchor: none"),
+        ("vision.pt", "no text tower in it: nothing is lent", "anchor: none"),
+        ("damaged text.safetensors", "its text tower is not used: damaged text.safetensors: ", "anchor: none"),
         ("text_encoders/whole.safetensors", "its text tower lends and anchors", "anchor ← whole.safetensors"),
     ],
 )
@@ -161,6 +164,55 @@ def test_a_file_that_changes_is_told_anew(host, placed):
     assert told(host, "text", path.name)["sentence"].startswith("diffusion model")
     path.unlink()
     assert models.answer(host, f"/gmp/file?role=text&name={path.name}")[0] == 404
+
+
+@pytest.mark.parametrize("name", ["config.json", "open_clip_config.json"])
+def test_a_file_is_read_and_told_anew_when_the_config_beside_it_changes(host, placed, states, name):
+    folder = placed / "text_encoders" / name.removesuffix(".json")
+    folder.mkdir()
+    file = f"{folder.name}/model.safetensors"
+    save_file(models.hugging(models.text_part(states["clip_l"])), folder / "model.safetensors")
+    load = node("GmPLoadTextEncoder", file=file, member="auto")
+    prompt = {"load": load, "show": node("PreviewAny", source=["load", 0])}
+    assert host.run(prompt).status == "success"
+    assert "load" in host.run(prompt).cached
+    assert ", 1 head, " in json.dumps(told(host, "text", file))
+    for heads in (4, 8):
+        if name == "config.json":
+            config = {"model_type": "clip_text_model", "num_attention_heads": heads, "projection_dim": 16}
+        else:
+            config = {"model_cfg": {"embed_dim": 16, "quick_gelu": True, "text_cfg": {"heads": heads}}}
+        (folder / name).write_text(json.dumps(config))
+        assert "load" not in host.run(prompt).cached
+        assert f", {heads} heads, quick_gelu" in json.dumps(told(host, "text", file))
+    (folder / name).write_text(json.dumps(config).replace("8", "7"))
+    result = host.run(prompt)
+    assert result.failed == "load" and "7 attention heads do not divide" in result.error
+
+
+def test_a_longer_vocabulary_has_its_end_of_text(host, placed, states):
+    state = models.text_part(states["clip_l"])
+    generator = torch.Generator().manual_seed(8)
+    state["token_embedding.weight"] = torch.randn(49_410, 64, generator=generator)
+    save_file(models.hugging(state), placed / "text_encoders" / "extended.safetensors")
+    load = node("GmPLoadTextEncoder", file="extended.safetensors", member="auto")
+    prompt = {
+        "load": load,
+        "save": node(
+            "GmPSaveTextEncoder",
+            text_encoder=["load", 0],
+            filename_prefix="extended",
+            dtype="fp32",
+            layout="huggingface",
+        ),
+    }
+    for asked, wanted in (({}, None), ({"end_of_text": 0}, None), ({"end_of_text": 49_407}, 49_407)):
+        load["inputs"] |= asked
+        result = host.run(prompt)
+        assert result.status == "success", result.error
+        assert ("end-of-text assumed" in result.outputs["load"][0]) == (wanted is None)
+        saved = read_text(host.base / result.outputs["save"][0].split("\n")[0])
+        assert saved.config.end_of_text == wanted
 
 
 def test_the_route_tells_of_listed_files_only(host, placed):

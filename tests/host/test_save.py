@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from gmp.join import join
-from gmp.layouts import read_text, read_vision
+from gmp.layouts import read_text, read_vision, write_text
 from gmp.world.models import ASSETS, ORIGINAL, RUINED
 from tests.host import models
 from tests.host.graphs import node
@@ -192,7 +192,6 @@ def test_the_repair_as_a_lora_is_the_repair(host, kind, member):
     read = {"cond"} if kind == "sd2" else {"cond", "pooled"}  # SD2 reads no pooled vector
     for key in read:
         torch.testing.assert_close(seen["lora"][key], seen["apply"][key], atol=1e-4, rtol=1e-3)
-    assert any("left out: text_projection.weight (" in line for line in lines) == (kind == "sd2")
 
 
 def test_a_lora_of_low_rank_tells_how_much_it_keeps(host):
@@ -240,6 +239,49 @@ def test_a_checkpoint_keeps_all_but_its_encoder(host):
     wanted, seen = (load_file(host.output / f"{one}.safetensors") for one in ("inserted", "reread"))
     assert seen.keys() == wanted.keys()
     assert all(torch.equal(seen[name], tensor.half().float()) for name, tensor in wanted.items())
+
+
+def test_what_a_checkpoint_does_not_take_is_told(host):
+    """clip_l's projection has no place in it; what of a pickle is no tensor is not copied."""
+    folder = host.base / "models" / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    broken, repaired = (models.text_part(models.canonical(seed), lent=seed == 7) for seed in (6, 7))
+    state = {f"cond_stage_model.transformer.{name}": tensor for name, tensor in models.hugging(broken).items()}
+    state["model.diffusion_model.input_blocks.0.0.weight"] = torch.ones(4, 4, 3, 3)
+    torch.save({"state_dict": state, "global_step": 7}, folder / "pickled.ckpt")
+    write_text(
+        repaired,
+        host.base / "models" / "text_encoders" / "to insert.safetensors",
+        layout="openai",
+        config=models.CONFIG.text,
+    )
+    prompt = {
+        "encoder": node("GmPLoadTextEncoder", file="to insert.safetensors", member="auto"),
+        "save": save("checkpoint", "told", checkpoint="pickled.ckpt"),
+    }
+    lines = run(host, prompt)
+    assert "pickled.ckpt with another clip_l: 36 tensors" in lines[1]
+    assert "· logit_scale, text_projection: pickled.ckpt has no place for it" in lines
+    assert any("global_step" in line and "not read" in line for line in lines), lines
+    after = load_file(host.base / lines[0])
+    assert after.keys() == state.keys()
+    assert all(
+        torch.equal(after[f"cond_stage_model.transformer.{name}"], tensor)
+        for name, tensor in models.hugging(models.text_part(models.canonical(7))).items()
+    )
+
+
+def test_an_encoder_with_another_activation_is_refused(host):
+    folder = host.base / "models" / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    models.sdxl_checkpoint(folder / "quick.safetensors", *[models.text_part(models.canonical(seed)) for seed in (4, 5)])
+    prompt = {
+        "encoder": node("GmPLoadTextEncoder", file="checkpoints/quick.safetensors", member="clip_l", activation="gelu"),
+        "save": save("checkpoint", "other activation", checkpoint="quick.safetensors"),
+    }
+    result = host.run(prompt)
+    assert result.failed == "save" and "its activation is gelu and not quick_gelu" in result.error
+    assert not list(host.output.rglob("other activation*"))
 
 
 def test_the_workflow_and_the_source_are_in_every_file(host):

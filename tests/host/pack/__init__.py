@@ -44,12 +44,19 @@ class Node:
 
 
 class TinyCLIP(Node):
-    """A CLIP object with random weights. clip_l's projection is NaN, as uninitialised memory may be."""
+    """A CLIP object with random weights. The projections of clip_l and clip_h are NaN, as uninitialised memory may be.
+
+    projection: clip_g's.
+    """
 
     INPUTS = {"kind": (list(KINDS),)}
     RETURN_TYPES = ("CLIP",)
 
-    def run(self, kind: str):
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, object]:
+        return super().INPUT_TYPES() | {"optional": {"projection": (["random", "zeros", "NaN"],)}}
+
+    def run(self, kind: str, projection: str = "random"):
         class Target:
             clip, tokenizer = KINDS[kind]
             params: dict[str, object] = {}
@@ -66,22 +73,40 @@ class TinyCLIP(Node):
         with torch.no_grad():
             for name, weight in clip.cond_stage_model.named_parameters():
                 weight.copy_(torch.randn(weight.shape, generator=dice) * 0.1)
-                if name == "clip_l.transformer.text_projection.weight":
+                if name in [f"{member}.transformer.text_projection.weight" for member in ("clip_l", "clip_h")]:
                     weight.fill_(torch.nan)
+                if name == "clip_g.transformer.text_projection.weight" and projection != "random":
+                    weight.fill_(0 if projection == "zeros" else torch.nan)
         return (clip,)
 
 
 class Perturb(Node):
-    """Another text encoder of the same shape, or one with a wider MLP."""
+    """Another text encoder of the same shape, or one of so many layers, or with a projection too."""
 
     INPUTS = {"text_encoder": ("GMP_TEXT_ENCODER",), "layers": ("INT", {"default": 0})}
     RETURN_TYPES = ("GMP_TEXT_ENCODER",)
 
-    def run(self, text_encoder, layers: int):
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, object]:
+        return super().INPUT_TYPES() | {"optional": {"projection": ("BOOLEAN", {"default": False})}}
+
+    def run(self, text_encoder, layers: int, projection: bool = False):
         dice = torch.Generator().manual_seed(1)
         state = {n: t + 0.05 * torch.randn(t.shape, generator=dice) for n, t in text_encoder.state.items()}
         config = replace(text_encoder.config, layers=layers or text_encoder.config.layers)
+        if projection:
+            state["text_projection"] = torch.randn(config.width, config.embed_dim, generator=dice) * 0.1
         return (replace(text_encoder, state=state, config=config),)
+
+
+class Patches(Node):
+    """The names of the tensors that a CLIP object patches."""
+
+    INPUTS = {"clip": ("CLIP",)}
+    OUTPUT_NODE = True
+
+    def run(self, clip):
+        return {"ui": {"text": sorted(clip.patcher.patches)}}
 
 
 class Lora(Node):
@@ -169,5 +194,6 @@ class Threads(Node):
 
 
 NODE_CLASS_MAPPINGS = {
-    f"GmPTest{kind.__name__}": kind for kind in (TinyCLIP, Perturb, Lora, PooledOnly, NoModel, Dump, Tokens, Threads)
+    f"GmPTest{kind.__name__}": kind
+    for kind in (TinyCLIP, Perturb, Patches, Lora, PooledOnly, NoModel, Dump, Tokens, Threads)
 }
