@@ -75,7 +75,7 @@ def test_choosing_a_file_tells_what_it_is(host, canvas, tmp_path):  # noqa: F811
     models.picture(folder / "picture.safetensors")
     models.picture(folder / NAME)
     kinds = [
-        one(1, "GmPLoadTextEncoder", [20, 100], [330, 200], ["alone.safetensors", "auto", 0, "auto"]),
+        one(1, "GmPLoadTextEncoder", [20, 100], [330, 200], ["alone.safetensors", "auto", 0, "auto", 0]),
         one(2, "GmPLoadVisionTower", [400, 100], [330, 180], ["seen.safetensors", 0, "auto"]),
         one(3, "GmPInspectFile", [20, 450], [500, 300], [NAME]),
     ]
@@ -94,6 +94,8 @@ def test_choosing_a_file_tells_what_it_is(host, canvas, tmp_path):  # noqa: F811
     assert seen["undone"][1:] == lines[seen["undone"][0]]
     assert seen["before"][0] == text and seen["reloaded"][0].startswith("LoRA · ")
     assert seen["set by a script"][0] == text
-    assert seen["saved"] == [["alone.safetensors", "auto", 0, "auto"], ["seen.safetensors", 0, "auto"], [NAME]]
-    assert seen["queued"] == {"file": "alone.safetensors", "member": "auto", "heads": 0, "activation": "auto"}
+    assert seen["saved"] == [["alone.safetensors", "auto", 0, "auto", 0], ["seen.safetensors", 0, "auto"], [NAME]]
+    assert seen["queued"] == {
+        "file": "alone.safetensors", "member": "auto", "heads": 0, "activation": "auto", "end_of_text": 0,
+    }  # fmt: skip
     assert seen["removed"] == [vision, any_file] and seen["left"] == 2
