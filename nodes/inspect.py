@@ -37,5 +37,6 @@ class InspectFile(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        text = "\n".join(files.look("any", file)["lines"])
-        return routes.with_text(cls, text, text)
+        lines = files.look("any", file)["lines"]
+        shown = "\n· ".join(line.strip() for line in lines)  # one canvas shows no line breaks
+        return routes.with_text(cls, shown, "\n".join(lines))

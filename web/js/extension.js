@@ -9,12 +9,23 @@ import { ask } from "./lookup.js";
 /** Node -> the menu of `GET /gmp/file` that its `file` is chosen from. */
 const ROLES = { GmPLoadTextEncoder: "text", GmPLoadVisionTower: "vision", GmPInspectFile: "any" };
 
+/** Node -> width and height that its text needs; for those that are added, since a workflow brings its own sizes. */
+const SIZES = {
+  GmPInspectFile: [460, 340],
+  GmPLoadTextEncoder: [340, 340],
+  GmPLoadVisionTower: [340, 320],
+  GmPReassembleCLIP: [380, 260],
+  GmPSaveTextEncoder: [380, 420],
+};
+
 /** @type {Set<ReturnType<typeof addFileLine>>} */
 const lines = new Set();
 
 app.registerExtension({
   name: "text-encoder-repair.file-line",
   nodeCreated(node) {
+    const size = SIZES[node.comfyClass];
+    if (size) node.setSize(size.map((length, axis) => Math.max(length, node.size[axis])));
     const role = ROLES[node.comfyClass];
     if (!role) return;
     const line = addFileLine(node, {
