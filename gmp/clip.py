@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .architectures import ACTIVATIONS, VISION_HEADS
+from .architectures import ACTIVATIONS
 
 MAX_LOGIT_SCALE = math.log(100.0)  # OpenAI clamps the temperature here
 
@@ -279,9 +279,9 @@ def initialize(clip: CLIP, generator: torch.Generator) -> CLIP:
     return clip
 
 
-def block_count(names: Mapping[str, object], prefix: str = "") -> int:
-    """Number of blocks below `prefix` in a canonical state dict: one more than the highest index."""
-    head = f"{prefix}transformer.resblocks."
+def block_count(names: Mapping[str, object]) -> int:
+    """Number of text blocks in a canonical state dict: one more than the highest index."""
+    head = "transformer.resblocks."
     return 1 + max((int(name[len(head) :].split(".")[0]) for name in names if name.startswith(head)), default=-1)
 
 
@@ -305,21 +305,5 @@ def text_config_from(
         context_length=state["positional_embedding"].shape[0],
         vocab_size=vocab_size,
         embed_dim=embed_dim or width,
-        activation=activation,
-    )
-
-
-def vision_config_from(state: Mapping[str, Tensor], *, heads: int | None, activation: str) -> VisionConfig:
-    """Reads a vision tower's shape off the `visual.` tensors of a plain canonical state dict."""
-    width, _, patch_size, _ = state["visual.conv1.weight"].shape
-    grid = math.isqrt(state["visual.positional_embedding"].shape[0] - 1)
-    return VisionConfig(
-        width=width,
-        layers=block_count(state, "visual."),
-        heads=heads or VISION_HEADS.get(width, max(1, width // 64)),
-        mlp_width=state["visual.transformer.resblocks.0.mlp.c_fc.bias"].shape[0],
-        patch_size=patch_size,
-        image_size=grid * patch_size,
-        embed_dim=state["visual.proj"].shape[1],
         activation=activation,
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from ..terminal import show
-from .towers import check_new, check_safetensors, read_towers
+from .towers import check_new, check_out, read_towers
 
 if TYPE_CHECKING:
     from ..layouts import OpenTower
@@ -45,8 +45,7 @@ def encode(options: argparse.Namespace) -> object:
     from ..layouts import read_text, read_vision
     from ..tokenizer import tokenizer_for
 
-    check_safetensors(options.out)
-    check_new([options.out], options.force)
+    check_out(options.out, options.force)
     asked = [options.text or options.tokens, options.image or options.pixels]
     if not any(asked):
         raise InputError("nothing to encode; give --text or --tokens, --image or --pixels, or one of each pair")
@@ -114,8 +113,7 @@ def convert(options: argparse.Namespace) -> object:
         raise InputError("--into keeps the checkpoint's own layout; give --layout or --into, not both")
     options.layout = options.layout or "huggingface"
     if options.into:
-        check_safetensors(options.out)
-        check_new([options.out], options.force)
+        check_out(options.out, options.force)
     else:
         _check_writing(options)
     text = open_text(options.file, options.member, options.heads, options.activation, options.end_of_text)
@@ -149,8 +147,7 @@ def lora(options: argparse.Namespace) -> object:
     from ..layouts import read_text
     from ..lora import repair_lora, write_lora
 
-    check_safetensors(options.out)
-    check_new([options.out], options.force)
+    check_out(options.out, options.force)
     repaired = read_text(options.file, options.member, options.heads, options.activation)
     broken = read_text(options.broken, options.member or repaired.source.member, options.heads, options.activation)
     made = show(repair_lora(repaired, broken, options.rank, whole=not options.linears_only, dtype=options.dtype))
@@ -174,8 +171,8 @@ def _check_writing(options: argparse.Namespace) -> None:
 
     paths = targets(options.out, options.layout)
     if paths == [options.out]:
-        check_safetensors(options.out)
-    elif options.out.suffix or options.out.is_file():
+        return check_out(options.out, options.force)
+    if options.out.suffix or options.out.is_file():
         raise InputError(f"{options.out} will be a folder in layout {options.layout}; give it a name without a suffix")
     check_new(paths, options.force)
 

@@ -36,10 +36,11 @@ def check_new(paths: list[Path], force: bool) -> None:
         raise InputError(f"{', '.join(there)} exists; choose another name, or pass --force")
 
 
-def check_safetensors(path: Path) -> None:
-    """Raises InputError for the name of a file that says it is something else than safetensors."""
+def check_out(path: Path, force: bool) -> None:
+    """Raises InputError for a name that is not that of a safetensors file, and for one that is taken."""
     if path.suffix not in (".safetensors", ".sft"):
         raise InputError(f"{path} will be a safetensors file; let its name end in .safetensors")
+    check_new([path], force)
 
 
 def device(name: str | None) -> torch.device:

@@ -24,7 +24,8 @@ PLACES = (*openai.PLACES, *huggingface.PLACES, *open_clip.PLACES, *single_file.P
 # What quantisers leave beside their weights; the scales themselves are read.
 QUANTISED = ("scaled_fp8", "scale_input", "input_scale", "comfy_quant")
 BUFFERS = (*openai.BUFFERS, *huggingface.BUFFERS, *QUANTISED)
-MEMBERS = {768: "clip_l", 1024: "clip_h", 1280: "clip_g"}  # by width
+# What a text encoder is called, by its width; any other is a clip_l too.
+MEMBERS = {768: "clip_l", 1024: "clip_h", 1280: "clip_g"}
 SCALES = ("scale_weight", "weight_scale")
 DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 NAMES = {"text": "text encoder", "vision": "vision tower"}
@@ -155,7 +156,7 @@ def _part(place: Place, blocks: set[int], header: Header) -> Part:
     sizes, contradictions = sizes_of(place.tower, names, shapes)
     width = sizes.get("width", 0)
     place = _for_width(place, width)
-    member = (place.member or _member(width)) if place.tower == "text" else None
+    member = (place.member or MEMBERS.get(width, "clip_l")) if place.tower == "text" else None
     if member == "clip_h" and blocks == set(range(DEPTHS[1024] - 1)):  # SD2 as diffusers writes it
         missing += (f"{STACK['text']}.{DEPTHS[1024] - 1}",)
     return Part(
@@ -240,11 +241,6 @@ def shape_of(name: str, piece: Piece, header: Header) -> Shape:
     if others and shape:
         shape = (shape[0] * len(piece.keys), *shape[1:])
     return shape[::-1] if piece.transposed else shape
-
-
-def _member(width: int) -> str:
-    """What a text encoder in a file of its own is called, by its width."""
-    return MEMBERS.get(width, "clip_l")
 
 
 def _for_width(place: Place, width: int) -> Place:

@@ -21,7 +21,7 @@ from torch import nn
 from gmp import files
 from gmp.errors import InputError
 from gmp.files.header import ITEM_BITS
-from gmp.layouts import describe
+from gmp.inspection import inspect, lines, sentence
 
 SIXTEEN = MappingProxyType({"0": bytes(16)})  # storages: one of sixteen bytes
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
@@ -197,5 +197,6 @@ def header_or_sentence(path: Path, content: bytes) -> bool:
     for name, info in header.tensors.items():
         assert info.dtype in ITEM_BITS, name
         assert 0 <= info.start and info.start + info.bytes <= len(content), name
-    describe(header)
+    seen = inspect(path)
+    assert lines(seen) and sentence(seen)
     return True
