@@ -205,8 +205,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, metavar="DIR", help="for picture features (~/.cache/gmp)")
 
 
-def _add_out(parser: argparse.ArgumentParser, name: str = "FILE") -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar=name, help="a .safetensors file")
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .safetensors file")
     parser.add_argument("--force", action="store_true", help="replace what exists")
 
 

@@ -43,7 +43,7 @@ def default_cache() -> Path:
 
 
 def state_key(state: dict[str, Tensor]) -> str:
-    """SHA-256 of tensors: names, dtypes, shapes and bytes."""
+    """SHA-256 of tensors: names, shapes, and values in fp32."""
     return content_hash(sorted(state.items()))
 
 

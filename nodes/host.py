@@ -26,7 +26,7 @@ from torch import Tensor
 from ..gmp.clip import TextConfig, text_config_from
 from ..gmp.errors import InputError
 from ..gmp.features import state_key
-from ..gmp.files.folder import CONFIGS, WEIGHTS
+from ..gmp.files.folder import CONFIGS, has_config
 from ..gmp.layouts import Source, TowerFile, huggingface, projection_fault
 from ..gmp.layouts.canonical import LENT, assemble, expected, take_apart
 from ..gmp.tokenizer import END_ID, START_ID, Tokens, has_special, plain
@@ -114,12 +114,7 @@ def _model_folders() -> dict[str, Path]:
 def _is_model(files: list[str]) -> bool:
     """Whether these are the files of a model's folder."""
     indices = any(name == "model_index.json" or name.endswith(".index.json") for name in files)
-    return indices or any(map(_is_weights, files))
-
-
-def _is_weights(name: str) -> bool:
-    """Whether a file has a model folder's usual name, so that a config beside it is read with it."""
-    return any(pattern.fullmatch(name) for pattern in WEIGHTS)
+    return indices or any(map(has_config, files))
 
 
 def model_path(role: str, name: str) -> Path:
@@ -139,7 +134,7 @@ def stamp(path: Path) -> str:
     if path.is_dir():
         files = sorted(one for one in path.rglob("*") if one.is_file())
     else:
-        configs = map(path.with_name, CONFIGS if _is_weights(path.name) else ())
+        configs = map(path.with_name, CONFIGS if has_config(path.name) else ())
         files = [path, *(one for one in configs if one.is_file())]
     states = [(one, one.stat()) for one in files]
     return "\n".join(f"{one} {state.st_size} {state.st_mtime_ns}" for one, state in states)

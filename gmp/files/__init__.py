@@ -6,10 +6,10 @@ Tensors are read one by one, straight from their bytes. Writing is atomic: temp 
 
 from .folder import is_weights
 from .header import Header, TensorInfo
-from .read import dtype_name, read_header, read_tensors, reader, torch_dtypes
-from .write import Pending, Stored, write_bytes, write_json, write_safetensors, write_text
+from .read import read_header, read_tensors, torch_dtypes
+from .write import Pending, Stored, dtype_and_shape, write_bytes, write_json, write_safetensors, write_text
 
 __all__ = (
-    "Header", "Pending", "Stored", "TensorInfo", "dtype_name", "is_weights", "read_header", "read_tensors", "reader",
+    "Header", "Pending", "Stored", "TensorInfo", "dtype_and_shape", "is_weights", "read_header", "read_tensors",
     "torch_dtypes", "write_bytes", "write_json", "write_safetensors", "write_text",
 )  # fmt: skip

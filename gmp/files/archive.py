@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import InputError, some
-from . import folder, objects, unpickle
+from . import objects, unpickle
 from .header import Header
 from .tensors import Reference, Storage, reference
 
@@ -63,7 +63,7 @@ def read_zip(path: Path) -> Header:
     script = f"{stem}constants.pkl" in members
     if script:
         notes = (*notes, "holds code (TorchScript), which was neither read nor run")
-    return folder.with_config(Header(path, tensors, {}, "torchscript" if script else "pickle", notes=notes))
+    return Header(path, tensors, {}, "torchscript" if script else "pickle", notes=notes)
 
 
 class _Frugal(io.BufferedReader):
@@ -169,7 +169,7 @@ def read_pickle(path: Path) -> Header:
     tensors, notes = objects.find(loaded, path, storages)
     if end < size:
         notes = (*notes, f"{size - end:,} bytes follow its last tensor, which were not read")
-    return folder.with_config(Header(path, tensors, {}, "pickle", notes=notes))
+    return Header(path, tensors, {}, "pickle", notes=notes)
 
 
 def _begins_with_magic(file: BinaryIO, name: str) -> bool:

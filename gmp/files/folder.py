@@ -28,12 +28,16 @@ _ORDER = tuple(
         *(rf"{stem}\.{suffix}\.index{middle}\.json" for stem in _STEMS),
     )
 )
-WEIGHTS = tuple(pattern for pattern in _ORDER if "index" not in pattern.pattern)
 
 
 def is_weights(name: str) -> bool:
-    """True for the names that programs look for in a model folder."""
+    """True for the names of weights, and of lists of their parts, that programs look for in a model folder."""
     return any(pattern.fullmatch(name) for pattern in _ORDER)
+
+
+def has_config(name: str) -> bool:
+    """True for the names of weights that a config in the same folder speaks of."""
+    return is_weights(name) and not name.endswith(".json")
 
 
 def read(path: Path, read_header: Callable[[Path], Header]) -> Header:
@@ -58,7 +62,7 @@ def read(path: Path, read_header: Callable[[Path], Header]) -> Header:
 
 def with_config(header: Header) -> Header:
     """A file that has a model folder's usual name, with the config that lies beside it."""
-    if not any(pattern.fullmatch(header.path.name) for pattern in WEIGHTS):
+    if not has_config(header.path.name):
         return header
     configs = [_json(header.path.with_name(name), CONFIG_LIMIT) for name in CONFIGS]
     merged = {name: value for config in configs if config for name, value in config.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -58,10 +58,11 @@ def _read_file(path: Path) -> Header:
     if not start:
         raise InputError(f"{path.name} is empty (0 bytes); download or save it again")
     if start.startswith(b"PK\x03\x04"):
-        return replace(archive.read_zip(path), stamps=before)
-    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return replace(archive.read_pickle(path), stamps=before)
-    header = safetensors.read(path)
+        header = archive.read_zip(path)
+    elif start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        header = archive.read_pickle(path)
+    else:
+        header = safetensors.read(path)
     if header is None:
         if path.name.endswith(".index.json"):
             raise InputError(f"{path.name} lists the parts of a model; give the folder that it lies in")
@@ -93,26 +94,18 @@ def read_tensors(header: Header, names: Iterable[str]) -> dict[str, Tensor]:
     names = list(names)
     if absent := sorted(set(names) - header.tensors.keys()):
         raise InputError(f"{header.path.name} has no tensors named {', '.join(absent)}")
-    with reader(header) as read:
-        return {name: read(name) for name in names}
-
-
-@contextlib.contextmanager
-def reader(header: Header) -> Iterable[Callable[[str], Tensor]]:
-    """A function that reads one tensor by name, while the files are held open."""
     opened: dict[Path, BinaryIO] = {}
+    tensors = {}
     with contextlib.ExitStack() as stack:
-
-        def read(name: str) -> Tensor:
+        for name in names:
             info = header.tensors[name]
             try:
                 if info.file not in opened:
                     opened[info.file] = stack.enter_context(open_unchanged(header, info.file))
-                return _read(opened[info.file], info, f"{info.file.name}: {name}")
+                tensors[name] = _read(opened[info.file], info, f"{info.file.name}: {name}")
             except OSError as error:
                 raise InputError(f"{info.file.name} cannot be read: {error.strerror or error}") from error
-
-        yield read
+    return tensors
 
 
 def open_unchanged(header: Header, path: Path) -> BinaryIO:

@@ -61,7 +61,7 @@ def write_safetensors(
     gives the same bytes. Widest dtype first, then by name, as in the library, keeps every tensor aligned.
     Raises OSError naming the path and the bytes needed when the disk is full; an older file stays intact.
     """
-    kinds = {name: _kind(tensor) for name, tensor in tensors.items()}
+    kinds = {name: dtype_and_shape(tensor) for name, tensor in tensors.items()}
     order = sorted(tensors, key=lambda name: (-ITEM_BITS[kinds[name][0]], name))
     entries: dict[str, Any] = {"__metadata__": dict(sorted({**(metadata or {}), "format": "pt"}.items()))}
     end = 0
@@ -80,7 +80,8 @@ def write_safetensors(
         _sync(file)
 
 
-def _kind(tensor: Tensor | Pending | Stored) -> tuple[str, tuple[int, ...]]:
+def dtype_and_shape(tensor: Tensor | Pending | Stored) -> tuple[str, tuple[int, ...]]:
+    """What a tensor will be in a file, by safetensors' names, made or not."""
     if isinstance(tensor, (Pending, Stored)):
         return tensor.dtype, tensor.shape
     return dtype_name(tensor.dtype), tuple(tensor.shape)
@@ -91,8 +92,8 @@ def _write(file: BinaryIO, tensor: Tensor | Pending | Stored, kind: tuple[str, t
         return _copy(file, tensor)
     if isinstance(tensor, Pending):
         tensor = tensor.make()
-        if _kind(tensor) != kind:
-            raise ValueError(f"a tensor was announced as {kind} and is {_kind(tensor)}")
+        if dtype_and_shape(tensor) != kind:
+            raise ValueError(f"a tensor was announced as {kind} and is {dtype_and_shape(tensor)}")
     import torch
 
     plain = tensor.detach().cpu().contiguous().reshape(-1)

@@ -55,11 +55,10 @@ def insert_text(
     name = header.path.name
     if header.container == "folder":
         raise InputError(f"{name} is a folder, not a checkpoint in one file; write a huggingface_folder in its place")
-    part = describe(header).text.get(member)
-    if part is None:
-        raise InputError(
-            f"{name} holds no {member} to replace; it holds {some(describe(header).text) or 'no text encoder'}"
-        )
+    held = describe(header).text
+    if member not in held:
+        raise InputError(f"{name} holds no {member} to replace; it holds {some(held) or 'no text encoder'}")
+    part = held[member]
     if part.problems:
         raise InputError(f"{name}: its {member} cannot be replaced: {'; '.join(part.problems)}")
     if any(piece.scales or piece.kept for piece in part.pieces.values()) or part.layout == "gmp":

@@ -115,7 +115,7 @@ def _write(
         raise InputError(f"cannot write {name}: {'; '.join(problems)}")
     plain = fold_state(state) if geometric and layout != "gmp" else state
     pieces = {each: WRITERS[layout](each) for each in plain}
-    tensors = parts(plain, pieces, lambda key, tensor: DTYPES[dtype] or _dtype(tensor), name)
+    tensors = parts(plain, pieces, lambda key, tensor: DTYPES[dtype] or files.dtype_and_shape(tensor)[0], name)
     header = {"clip_config": json.dumps(config, sort_keys=True), "gmp_version": __version__}
     header = {**(metadata or {}), **header}
     if layout not in FOLDERS:
@@ -185,12 +185,6 @@ def _part(tensor: Tensor | files.Pending, piece: canonical.Piece, key: str, dtyp
 
 def _made(tensor: Tensor | files.Pending) -> Tensor:
     return tensor.make() if isinstance(tensor, files.Pending) else tensor.detach()
-
-
-def _dtype(tensor: Tensor | files.Pending) -> str:
-    if isinstance(tensor, files.Pending):
-        return tensor.dtype
-    return files.dtype_name(tensor.dtype)
 
 
 def _unwritable(
