@@ -62,6 +62,8 @@ class RepairConfig:
     geometric: bool = True  # train r and theta of the MLPs
     anchors: tuple[Anchor, ...] = (SDXL_ANCHOR,)
     anchor_captions: int = 64  # per step, at the full context length
+    # keep only each block's input and compute the rest again in the backward pass: a third slower, a fraction of memory
+    checkpointing: bool = False
     precision: str = "auto"  # bf16 where the GPU has it, else fp16; fp32 on the CPU
     held_out: float = 0.05  # share of the pictures that is measured and not trained on
     held_out_most: int = 1000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -10,6 +12,7 @@ from transformers.models.clip.modeling_clip import CLIPModel
 
 from gmp.clip import (
     CLIP,
+    Block,
     CLIPConfig,
     TextConfig,
     TextTower,
@@ -17,7 +20,9 @@ from gmp.clip import (
     VisionTower,
     end_of_text,
     initialize,
+    set_checkpointing,
 )
+from gmp.geometric import to_geometric
 from gmp.layouts import read_text, read_vision
 
 TOLERANCE = 1e-5
@@ -299,3 +304,83 @@ def test_shapes_that_do_not_fit_are_refused():
         VisionTower(VisionConfig(32, 1, 2, 64, 8, 20, 16))
     with pytest.raises(ValueError, match="'relu'"):
         TextTower(TextConfig(32, 1, 2, 64, 12, 50, 16, "relu"))
+
+
+CHECKPOINTED = CLIPConfig(TextConfig(32, 3, 2, 64, 12, 50, 16), VisionConfig(32, 2, 2, 64, 8, 16, 16))
+
+
+def through(clip, part):
+    """What one part of a CLIP computes, as numbers that a loss may be made of."""
+    if part == "vision":
+        return clip.encode_image(pictures(3, 16))
+    ids, _ = captions(3, 50, 12)
+    if part == "penultimate":
+        return clip.penultimate(ids)
+    points = clip(ids)
+    return torch.cat([points.penultimate.flatten(), points.last.flatten(), points.projected.flatten()])
+
+
+def output_and_gradients(part, precision, geometric, checkpointing):
+    clip = initialize(CLIP(CHECKPOINTED), torch.Generator().manual_seed(0))
+    if geometric:
+        to_geometric(clip)
+    set_checkpointing(clip, checkpointing)
+    runs = Counter()
+    for name, module in clip.named_modules():
+        if isinstance(module, Block):
+            module.register_forward_pre_hook(lambda *_, name=name: runs.update([name]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        output = through(clip, part)
+        output.float().square().sum().backward()
+    return output.detach(), {n: p.grad for n, p in clip.named_parameters() if p.grad is not None}, runs
+
+
+@pytest.mark.parametrize("geometric", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("part", ["text", "vision", "penultimate"])
+def test_checkpointing_changes_neither_outputs_nor_gradients(part, precision, geometric):
+    expected, gradients, once = output_and_gradients(part, precision, geometric, checkpointing=False)
+    found, again, twice = output_and_gradients(part, precision, geometric, checkpointing=True)
+    assert relative(found.float(), expected.float()) < 1e-6
+    assert again.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert relative(again[name], gradient) < 1e-6, name
+    assert len(once) == {"text": 3, "vision": 2, "penultimate": 2}[part]
+    assert set(once.values()) == {1}
+    assert {name: 2 * count for name, count in once.items()} == twice  # it was in force
+
+
+def test_checkpointing_keeps_the_inputs_of_blocks_and_little_else():
+    clip = CLIP(CHECKPOINTED)
+    sizes = {}
+    for on in (False, True):
+        set_checkpointing(clip, on)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            through(clip, "text")
+        sizes[on] = kept
+    stream = 3 * 12 * 32
+    assert sizes[True].count(stream) == 3 + 1  # and the final LayerNorm's
+    assert sum(sizes[True]) < sum(sizes[False]) / 5
+
+
+@torch.no_grad()
+def test_checkpointing_leaves_passes_without_gradients_alone():
+    clip = initialize(CLIP(CHECKPOINTED), torch.Generator().manual_seed(0))
+    expected = through(clip, "text")
+    set_checkpointing(clip, True)
+    runs = []
+    for block in clip.transformer.resblocks:
+        block.register_forward_pre_hook(lambda *_: runs.append(1))
+    assert torch.equal(through(clip, "text"), expected)
+    assert len(runs) == 3
+
+
+def test_checkpointing_touches_no_random_numbers(monkeypatch):
+    clip = initialize(CLIP(CHECKPOINTED), torch.Generator().manual_seed(0))
+    set_checkpointing(clip, True)
+    asked = []
+    for name in ("get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch, name, lambda *_, name=name: asked.append(name))
+    through(clip, "text").sum().backward()
+    assert not asked
