@@ -124,9 +124,15 @@ def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[
 
 def _unflatten(optimizer: torch.optim.Optimizer, moments: dict[str, Tensor], counters: dict[str, float]) -> None:
     parameters = _named(optimizer)
+    places = {name: _step_device(optimizer.state.get(parameters[name], {})) for name in counters}
     optimizer.state.clear()
     for name, count in counters.items():
-        optimizer.state[parameters[name]]["step"] = torch.tensor(count)
+        optimizer.state[parameters[name]]["step"] = torch.tensor(count, device=places[name])
     for key, tensor in moments.items():
         name, _, kind = key.partition("|")
         optimizer.state[parameters[name]][kind] = tensor.to(parameters[name].device)
+
+
+def _step_device(state: dict[str, Tensor]) -> torch.device | None:
+    """Where an optimizer keeps its step counter: fused ones have it beside the parameter, others on the CPU."""
+    return state["step"].device if "step" in state else None

@@ -12,12 +12,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .commands import files, training, world
+from .commands import files, runs, training, world
 from .errors import InputError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(given)
+    options.arguments = given[1:]
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a pipe on Windows has no arrows
             stream.reconfigure(errors="replace")
@@ -101,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(one)
     _add_settings(one)
 
+    _add_runs(add("runs", runs.list_runs, "See, stop and resume runs.", "runs watch first"))
+
     one = add(
         "convert",
         files.convert,
@@ -162,6 +166,38 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for pictures and run (runs/demo)")
     one.add_argument("--device", help="cpu, cuda, cuda:1, mps or auto, the best there is (auto)")
     return parser
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    """runs list | show | watch | pause | resume | stop | save | measure | delete"""
+    commands = parser.add_subparsers(required=True, metavar="WHAT")
+
+    def add(name: str, run: Callable, text: str, one: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=run)
+        if one:
+            sub.add_argument("run", metavar="RUN", help="a run's folder, or its name below --folder")
+        sub.add_argument("--folder", type=Path, default=Path("runs"), help="where runs lie (runs)")
+        sub.add_argument("--json", action="store_true", help="print the answer as JSON on the last line")
+        return sub
+
+    add("list", runs.list_runs, "All runs, newest first.", one=False)
+    add("show", runs.show, "State, saved steps, alarms and settings of a run.")
+    sub = add("watch", runs.watch, "Follow a run until it ends, in whatever process it trains.")
+    sub.add_argument("--every", type=float, default=0.5, help="seconds between two looks (0.5)")
+    for name, text in {
+        "pause": "Hold a run at its next step.",
+        "resume": "Go on with a paused run; start an interrupted one again.",
+        "stop": "Let a run save itself and end; it can be resumed.",
+        "save": "Let a run write a checkpoint now.",
+        "measure": "Let a run measure its held-out pictures now.",
+    }.items():
+        sub = add(name, runs.command, text)
+        sub.set_defaults(ask=name)
+        if name == "pause":
+            sub.add_argument("--offload", action="store_true", help="free the GPU's memory meanwhile")
+    sub = add("delete", runs.delete, "Delete a run with its checkpoints and its result.")
+    sub.add_argument("--yes", action="store_true", help="really")
 
 
 def _add_member(parser: argparse.ArgumentParser) -> None:
@@ -260,6 +296,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         help="keep a read point near the original's or the broken encoder's (original:penultimate=0.3)",
     )
     parser.add_argument("--no-anchor", action="store_true", help="contrastive loss alone: what SDXL reads stays broken")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="less memory, a third slower: compute activations twice"
+    )
     parser.add_argument("--plain", action="store_true", help="train plain weights, no r and theta")
     parser.add_argument(
         "--precision", choices=PRECISIONS, default=default.precision, help="auto: bf16 or fp16 on a GPU, fp32 on a CPU"

@@ -141,7 +141,8 @@ def embed_pictures(
             try:
                 _write_shard(folder, whole, features)
             except OSError as error:
-                yield {"type": "alarm", "alarm": "cache", "step": 0, "advice": f"features are not kept: {error}"}
+                advice = f"features are not kept: {error}"
+                yield {"type": "alarm", "alarm": "cache", "step": 0, "raised": True, "advice": advice, "value": None}
             known.update(zip(whole, features, strict=True))
     found = {name: known[key] for name, key in zip(names, keys, strict=True) if key in known}
     reasons = {missing[key]: broken[root / missing[key]] for key in fresh if key not in known}

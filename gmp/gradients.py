@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ def role(name: str) -> str:
     return "logit_scale" if name == "logit_scale" else "embedding" if "conv1" in name else "projection"
 
 
+@functools.cache
 def layer_and_role(name: str) -> str:
     """`text.3.theta`, `vision.11.attention`, `text.embedding`: the unit in which gradients are watched."""
     block = _BLOCK.match(name)
@@ -29,25 +31,24 @@ def layer_and_role(name: str) -> str:
     return f"{tower}.{block[2]}.{role(name)}" if block else f"{tower}.{role(name)}"
 
 
-@dataclass(frozen=True)
-class GradientNorms:
-    total: float
-    layers: dict[str, float]  # by `layer_and_role`
-
-    @property
-    def finite(self) -> bool:
-        return torch.isfinite(torch.tensor(self.total)).item()
+def squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Squared L2 norms in fp32, on the device, in a few kernels however many tensors there are. -> (tensors,)"""
+    return torch.stack(torch._foreach_norm(list(tensors))).float().square()
 
 
-def gradient_norms(names: Sequence[str], parameters: Sequence[nn.Parameter]) -> GradientNorms:
-    """L2 norms of all gradients, with one copy to the host however many tensors there are."""
-    found = [(name, p.grad) for name, p in zip(names, parameters, strict=True) if p.grad is not None]
-    squares = torch.stack(torch._foreach_norm([grad for _, grad in found])).float().square()
+def norms_by_layer(names: Sequence[str], squared: Sequence[float]) -> dict[str, float]:
+    """L2 norms by `layer_and_role` from the squared norms of parameters."""
     sums: dict[str, float] = {}
-    for (name, _), square in zip(found, squares.tolist(), strict=True):
+    for name, square in zip(names, squared, strict=True):
         key = layer_and_role(name)
         sums[key] = sums.get(key, 0.0) + square
-    return GradientNorms(sum(sums.values()) ** 0.5, {key: value**0.5 for key, value in sums.items()})
+    return {key: math.sqrt(value) if value >= 0 else value for key, value in sums.items()}
+
+
+def share_of_non_finite(grads: Sequence[Tensor]) -> float:
+    """Share of elements that are NaN or infinite, with one copy to the host."""
+    bad = torch.stack([(~grad.isfinite()).sum() for grad in grads]).sum().item()
+    return bad / sum(grad.numel() for grad in grads)
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], total: float, most: float) -> None:

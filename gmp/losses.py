@@ -33,3 +33,13 @@ def anchor(features: Tensor, target: Tensor) -> Tensor:
     target = target.float()
     error = (features.float() - target).square().mean(dim=-1)
     return (error / target.var(dim=-1, unbiased=False).clamp_min(1e-12)).mean()
+
+
+def mean_cosine(features: Tensor) -> Tensor:
+    """Mean cosine between two different rows, in one pass: (‖Σ x/‖x‖‖² - B) / (B (B - 1)). (B, E) -> scalar
+
+    1 is collapse: everything is embedded in the same direction. 0 for a single row.
+    """
+    count = len(features)
+    total = F.normalize(features.float(), dim=-1).sum(dim=0).square().sum()
+    return (total - count) / max(1, count * (count - 1))

@@ -62,7 +62,8 @@ def parameter_groups(
         decay = weight_decay if decays(name, parameter) else 0.0
         group = groups.setdefault(
             (factor, decay > 0),
-            {"params": [], "names": [], "lr": lr * factor, "initial_lr": lr * factor, "weight_decay": decay},
+            {"params": [], "names": [], "factor": factor, "lr": lr * factor}
+            | {"initial_lr": lr * factor, "weight_decay": decay},
         )
         group["params"].append(parameter)
         group["names"].append(name)
@@ -73,3 +74,21 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Sets every group's rate to its own `initial_lr` times `factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
+
+
+def prepare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Makes AdamW's moments now, so that no step ever ends half-way for lack of memory. Returns the optimizer.
+
+    They are as AdamW makes them in its first step (torch/optim/adam.py `_init_group`).
+    """
+    import torch
+
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            place = parameter.device if group["fused"] or group["capturable"] else "cpu"
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=place),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+    return optimizer

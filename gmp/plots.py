@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -24,41 +24,45 @@ def smooth(values: Sequence[float | None], horizon: int) -> list[float]:
     return line
 
 
-def plot_losses(events: Sequence[dict[str, object]], path: Path) -> None:
-    """Losses over steps, and recall and read-point cosine on held-out pairs below, as a PNG."""
+def plot_losses(history: Mapping[str, object], path: Path) -> None:
+    """Losses over steps, and recall and read-point cosine on held-out pairs below, as a PNG.
+
+    history: the whole one of a run, as `History.whole` gives it.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    steps = [event for event in events if event["type"] == "step"]
-    measures = [event for event in events if event["type"] == "measure"]
+    at, series, measures = history["at"], history["series"], history["measures"]
     figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True)
-    at = [event["step"] for event in steps]
-    horizon = max(1, len(steps) // 50)
-    for colour, name in zip(COLOURS, steps[0]["losses"] if steps else (), strict=False):
-        values = [event["losses"][name] for event in steps]
+    horizon = max(1, len(at) // 50)
+    names = [name for name in series if name.startswith("losses.")]
+    for colour, name in zip(COLOURS, names, strict=False):
+        values = series[name]["mean"]
         upper.plot(at, [float("nan") if v is None else v for v in values], color=colour, alpha=0.25, linewidth=0.8)
-        upper.plot(at, smooth(values, horizon), color=colour, label=name)
+        upper.plot(at, smooth(values, horizon), color=colour, label=name.removeprefix("losses."))
     upper.set_ylabel("loss")
     upper.set_yscale("log")
     upper.legend(frameon=False)
     upper.grid(alpha=0.3)
 
-    at = [event["step"] for event in measures]
     lines = {
-        "recall@1 text → image": [event["recall_at_1_text_to_image"] for event in measures],
-        "recall@1 image → text": [event["recall_at_1_image_to_text"] for event in measures],
+        "recall_at_1_text_to_image": "recall@1 text → image",
+        "recall_at_1_image_to_text": "recall@1 image → text",
+        "penultimate": "cosine to the original, penultimate",
+        "pooled": "cosine to the original, pooled",
     }
-    for point in ("penultimate", "pooled"):
-        if measures and point in measures[0]["drift"]:
-            lines[f"cosine to the original, {point}"] = [event["drift"][point]["cosine"] for event in measures]
-    for colour, (name, values) in zip(COLOURS, lines.items(), strict=False):
-        lower.plot(at, values, color=colour, marker="o", markersize=4, label=name)
+    there = {name: words for name, words in lines.items() if measures and measures[0].get(name) is not None}
+    for colour, (name, words) in zip(COLOURS, there.items(), strict=False):
+        at, values = [one["step"] for one in measures], [one.get(name) for one in measures]
+        values = [float("nan") if v is None else v for v in values]
+        lower.plot(at, values, color=colour, marker="o", markersize=4, label=words)
     lower.set_ylim(-0.05, 1.05)
     lower.set_ylabel("held-out pairs")
     lower.set_xlabel("step")
-    lower.legend(frameon=False, loc="lower right")
+    if there:
+        lower.legend(frameon=False, loc="lower right")
     lower.grid(alpha=0.3)
     picture = BytesIO()
     figure.savefig(picture, format="png")

@@ -1,16 +1,20 @@
 """One repair from inputs to result, in a run folder that is the long-term truth.
 
-`repair` is a generator of events: it resumes what the folder holds, trains, measures, saves and exports. `Worker`
-drives it in a thread. The same inputs and settings are the same run, named by `run_id`.
+`repair` is a generator of events: it waits for its device, resumes what the folder holds, trains, measures, saves and
+exports, and does what it is asked meanwhile (`control`). The same inputs and settings are the same run, named by
+`run_id`. What a run is doing is computed from its live owner (`owner`), never stored.
 
     run.json            settings and identity of the inputs
     join.json           where every tensor of the joined CLIP came from
     dataset.json        what the data set holds, what was left out and why
-    events.jsonl        everything that happened, one event per line
+    events.jsonl        everything that happened, one event per line (`telemetry`)
+    history.npz         the same, condensed; may be deleted
     checkpoints/        weights, optimizer and state of the newest steps
     best_text_encoder.safetensors   lowest loss on held-out pairs
     text_encoder.safetensors        the result: the newest step
     result.json, loss.png
+    failure.txt         why the run has ended, if it failed
+    lock, owner.json, commands/     while it is at work
 """
 
 from __future__ import annotations
@@ -18,9 +22,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
-import sys
-import threading
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
@@ -28,33 +30,34 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
-from . import __version__, checkpoint, telemetry
+from . import __version__, checkpoint, line, memory, telemetry
 from .clip import CLIP, TextTower
 from .config import RepairConfig
-from .data.captions import Index, check_pictures, first_captions, split
-from .data.images import PicturesAhead, load_batches
+from .control import BOX, POLL, Control
+from .data.captions import Index, check_pictures, split
+from .data.images import PicturesAhead
 from .errors import InputError
-from .events import Event
+from .events import Event, Result
 from .features import content_keys, embed_pictures
 from .files import write_json
-from .geometric import fold_state
+from .history import SNAPSHOT
 from .join import Joined, join, text_tower, unlike
-from .layouts import TowerFile, write_clip, write_text
-from .measure import measure_tower
-from .plots import plot_losses
-from .tokenizer import Tokens
-from .trainer import Pairs, Training, begin, held_out_loss, set_up, train
+from .layouts import TowerFile
+from .owner import LOCK, OWNER, own, owner
+from .session import BEST, CHECKPOINTS, RESULT, HeldOut, Scene, Session
+from .tokenizer import Tokens, lengths
+from .trainer import Pairs, begin, precision_of, set_up
 
-log = logging.getLogger(__name__)
-
-_probing = threading.Lock()  # two who look at once must not take each other for the owner
-
-RESULT = "text_encoder.safetensors"
-BEST = "best_text_encoder.safetensors"
-HOUSEKEEPING = ("save_every", "keep")  # settings that change no result
+FAILURE = "failure.txt"
+HOUSEKEEPING = ("save_every", "keep", "checkpointing")  # settings that change no result
+PASSING = (LOCK, OWNER, BOX, FAILURE)  # what a folder may hold before it is a run's
+FILES = (
+    *("run.json", "join.json", "dataset.json", "result.json", "loss.png", "report.html", "clip.safetensors"),
+    *("prompt.json", "command.json", telemetry.EVENTS, SNAPSHOT, RESULT, BEST, FAILURE, OWNER),
+)
+_TRAINING = ("start", "resume", "step", "measure", "checkpoint", "resumed", "alarm", "out_of_memory")
 
 
 @dataclass(frozen=True)
@@ -70,19 +73,23 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Status:
-    """What a run folder holds: `empty`, `running`, `interrupted` (resumable at `step`) or `finished`."""
+    """What a run is doing: `waiting`, `preparing`, `running` or `paused` while it has a live owner; without one
+    `empty`, `interrupted` or `failed` (both resumable at `step`), or `finished`."""
 
     state: str
-    step: int
+    step: int  # of a run at work the newest one that was taken
+    device: str | None = None
+    ahead: tuple[str, ...] = ()  # runs that a waiting one waits for
+    error: str | None = None
+
+    @property
+    def at_work(self) -> bool:
+        return self.state in ("waiting", "preparing", "running", "paused")
 
     def __str__(self) -> str:
-        return f"interrupted, resumable at step {self.step}" if self.state == "interrupted" else self.state
-
-
-def _lock(folder: Path, timeout: float = 0.0) -> FileLock:
-    """Held by whoever trains in the folder; the system lets go of it when that process dies. timeout: seconds"""
-    # whoever closes the run may be another thread than the one that began it
-    return FileLock(folder / "lock", timeout=timeout, thread_local=False)
+        if self.state in ("interrupted", "failed"):
+            return f"{self.state}, resumable at step {self.step}" + (f": {self.error}" if self.error else "")
+        return f"waiting for {', '.join(self.ahead)}" if self.state == "waiting" else self.state
 
 
 def is_done(folder: Path) -> bool:
@@ -90,22 +97,58 @@ def is_done(folder: Path) -> bool:
     return (folder / "result.json").exists() and (folder / RESULT).exists()
 
 
-def _saved_step(folder: Path) -> int:
+def saved_step(folder: Path) -> int:
     """The step that a run can go on from."""
-    saved = checkpoint.list_checkpoints(folder / "checkpoints")
+    saved = checkpoint.list_checkpoints(folder / CHECKPOINTS)
     return saved[-1].step if saved else 0
 
 
 def status(folder: Path) -> Status:
-    """Computed from the folder and the lock's owner, never stored: a crashed run does not look alive."""
-    if not (folder / "run.json").exists():
-        return Status("empty", 0)
-    step = _saved_step(folder)
-    try:
-        with _probing, _lock(folder, timeout=0.1):
-            return Status("finished" if (folder / "result.json").exists() else "interrupted", step)
-    except Timeout:
-        return Status("running", step)
+    """Computed from the folder and its live owner: a crashed run does not look alive."""
+    mine = owner(folder)
+    if mine is None:
+        return _status_at_rest(folder)
+    if ahead := line.ahead(mine.device, folder):
+        return Status("waiting", saved_step(folder), mine.device, tuple(one.name for one in ahead))
+    newest = telemetry.newest(folder) or {}
+    step = newest.get("step")
+    step = step if isinstance(step, int) else saved_step(folder)
+    kind = newest.get("type")
+    state = "paused" if kind == "paused" else "running" if kind in _TRAINING else "preparing"
+    return Status(state, step, mine.device)
+
+
+def _status_at_rest(folder: Path) -> Status:
+    step = saved_step(folder)
+    if (folder / "result.json").exists():
+        return Status("finished", step)
+    if (folder / FAILURE).exists():
+        with contextlib.suppress(OSError):
+            return Status("failed", step, error=(folder / FAILURE).read_text(encoding="utf-8").partition("\n")[0])
+    return Status("interrupted" if (folder / "run.json").exists() else "empty", step)
+
+
+def delete(folder: Path) -> list[str]:
+    """Deletes a run: the files that runs make, and the folder if nothing else is in it. Returns what is left in it.
+
+    Raises InputError while the run is at work, and for a folder that is no run's.
+    """
+    if not ((folder / "run.json").is_file() or (folder / FAILURE).is_file()):
+        raise InputError(f"{folder} is not a run's folder; nothing was deleted")
+    return _clear_away(folder)
+
+
+def _clear_away(folder: Path) -> list[str]:
+    with own(folder, "none"):
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+        for name in (CHECKPOINTS, BOX):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / LOCK).unlink(missing_ok=True)
+    left = sorted(path.name for path in folder.iterdir())
+    if not left:
+        folder.rmdir()
+    return left
 
 
 def describe_run(inputs: Inputs, keys: list[str], config: RepairConfig) -> dict[str, object]:
@@ -135,11 +178,15 @@ def _check_foreign(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; a run needs a folder")
     if folder.exists() and not (folder / "run.json").exists():
-        strangers = [p.name for p in folder.iterdir() if p.name not in ("lock", "failure.txt")]
+        strangers = [p.name for p in folder.iterdir() if p.name not in (*PASSING, "prompt.json", "command.json")]
         if strangers:
             raise InputError(
                 f"{folder} is not empty and not a run's folder (it holds {', '.join(strangers[:5])}); choose another"
             )
+
+
+class _OfAnotherRun(InputError):
+    """The folder is not this run's: nothing of this one may be noted in it."""
 
 
 def _check_same(folder: Path, description: dict[str, object]) -> None:
@@ -151,7 +198,7 @@ def _check_same(folder: Path, description: dict[str, object]) -> None:
         known = json.loads(path.read_text(encoding="utf-8"))
         config = dict(known["config"])
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is damaged; choose another folder") from None
+        raise _OfAnotherRun(f"{path} is damaged; choose another folder") from None
     differing = [
         f"{name} was {config.get(name)!r}, is {value!r}"
         for name, value in description["config"].items()
@@ -161,7 +208,7 @@ def _check_same(folder: Path, description: dict[str, object]) -> None:
         f"another {name} was used" for name in description if name != "config" and known.get(name) != description[name]
     ]
     if differing:
-        raise InputError(
+        raise _OfAnotherRun(
             f"{folder} holds another run: {'; '.join(differing)}. Choose another folder, or repeat the run's settings"
         )
 
@@ -174,61 +221,147 @@ def repair(
     cache: Path,
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
+    busy: Callable[[], bool] = lambda: False,
+    make_room: Callable[[int], None] = lambda needed: None,
 ) -> Iterator[Event]:
-    """Runs or resumes a repair in `folder`; the last event is `done` or `stopped`.
+    """Runs or resumes a repair in `folder`; the last event is `done`, `stopped` or `discarded`.
+
+    stop: whether this process wants it to stop. busy: whether the device is wanted for something else, which the run
+    then waits for. make_room: asks for so many free bytes on the device. What others want comes by `control.send`.
 
     Everything that can be known before training is checked first. A stopped run has saved its step. Raises InputError
-    for inputs that do not work, for a folder of another run, and when another process is at work in the folder.
+    for inputs that do not work, for a folder of another run, when another process is at work in the folder, and when
+    memory does not suffice.
     """
     _check_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with _lock(folder, timeout=1.0):  # longer than `status` holds it
-            for event in _repair(inputs, config, folder, cache, device, stop):
+    ended = None
+    place = line.device_name(device)
+    with own(folder, place):
+        control = Control(folder, stop, busy)
+        try:
+            for event in _repair(inputs, config, folder, cache, device, control, make_room):
                 event["t"] = round(time.time(), 3)
-                if event["type"] != "progress":
+                again = event["type"] == "progress" or event.get("resumed")  # nothing happened
+                if not again and (folder / "run.json").exists():
                     telemetry.append(folder, event)
                 yield event
-                if event["type"] == "progress" and stop():
-                    last = {
-                        "type": "stopped",
-                        "step": _saved_step(folder),
-                        "steps": None,
-                        "run": str(folder),
-                        "t": event["t"],
-                    }
-                    if (folder / "run.json").exists():
-                        telemetry.append(folder, last)
-                    yield last
-                    return
-    except Timeout:
-        raise InputError(f"{folder} is being trained by another process; wait for it or stop it") from None
+                ended = event["type"]
+        except Exception as error:
+            _note_failure(folder, error)
+            raise
+        finally:
+            shutil.rmtree(folder / BOX, ignore_errors=True)
+    if ended == "discarded":
+        _clear_away(folder)
+
+
+def _note_failure(folder: Path, error: Exception) -> None:
+    """Why the run has ended, for people who look at its folder; the disk may be what failed."""
+    if isinstance(error, _OfAnotherRun):
+        return
+    with contextlib.suppress(OSError):
+        text = "".join(traceback.format_exception(error))
+        (folder / FAILURE).write_text(f"{str(error) or type(error).__name__}\n\n{text}", encoding="utf-8")
+        if (folder / "run.json").exists():
+            telemetry.append(folder, {"type": "failed", "error": str(error), "t": round(time.time(), 3)})
 
 
 def _repair(
-    inputs: Inputs, config: RepairConfig, folder: Path, cache: Path, device: torch.device, stop: Callable[[], bool]
+    inputs: Inputs,
+    config: RepairConfig,
+    folder: Path,
+    cache: Path,
+    device: torch.device,
+    control: Control,
+    make_room: Callable[[int], None],
 ) -> Iterator[Event]:
     names = [picture.path for picture in inputs.index.pictures]
-    keys = yield from content_keys(inputs.index.root, names, cache)
+    keys = yield from _interruptible(content_keys(inputs.index.root, names, cache), control, folder)
+    if keys is None:
+        return
     description = describe_run(inputs, keys, config)
     _check_same(folder, description)
     if is_done(folder):
-        yield {"type": "done", "run": str(folder), "resumed": True}
+        yield {"type": "done", "step": saved_step(folder), "resumed": True}
         return
+    (folder / FAILURE).unlink(missing_ok=True)
     _check_size(len(names), config)
     check_anchors(inputs.text, inputs.vision, inputs.original, config)
+    precision = precision_of(config.precision, device)
     joined = join(inputs.text, inputs.vision, inputs.original)
-    clip = joined.build().to(device)
-    optimizer = set_up(clip, config, device)
-
+    with torch.device("meta"):
+        set_up(CLIP(joined.config), config, torch.device("meta"))  # settings that this model cannot have
     if not (folder / "run.json").exists():
         write_json(description | {"gmp_version": __version__}, folder / "run.json")
+    with line.Place(line.device_name(device), folder) as place:
+        if (yield from _wait(place, control, folder)):
+            yield from _trained(inputs, joined, keys, config, precision, folder, cache, device, control, make_room)
+
+
+def _wait(place: line.Place, control: Control, folder: Path) -> Generator[Event, None, bool]:
+    """Waits until the run is the first in its line; False if it was asked to end first."""
+    told: list[Path] = []
+    while ahead := place.ahead():
+        if ahead != told:
+            yield {"type": "waiting", "ahead": [one.name for one in ahead]}
+            told = ahead
+        time.sleep(POLL)
+        control.look()
+        if control.ends:
+            yield _ended(control, folder)
+            return False
+    return True
+
+
+def _interruptible(
+    work: Generator[Event, None, Result], control: Control, folder: Path
+) -> Generator[Event, None, Result | None]:
+    """Work before training, which holds and ends when it is asked to; what it returns, None if it was ended."""
+    while True:
+        try:
+            event = next(work)
+        except StopIteration as end:
+            return end.value
+        yield event
+        yield from control.obey(saved_step(folder), {})
+        if control.ends:
+            work.close()
+            yield _ended(control, folder)
+            return None
+
+
+def _ended(control: Control, folder: Path) -> Event:
+    step = saved_step(folder)
+    if control.discards:
+        return {"type": "discarded", "step": step}
+    return {"type": "stopped", "step": step, "steps": None}
+
+
+def _trained(
+    inputs: Inputs,
+    joined: Joined,
+    keys: list[str],
+    config: RepairConfig,
+    precision: str,
+    folder: Path,
+    cache: Path,
+    device: torch.device,
+    control: Control,
+    make_room: Callable[[int], None],
+) -> Iterator[Event]:
+    """A run whose turn it is: from the joined CLIP to the result."""
+    _check_memory(inputs, joined, config, precision, device, make_room)
+    clip = joined.build().to(device)
+    optimizer = set_up(clip, config, device)
     write_json(joined.as_json(), folder / "join.json")
     difference = inputs.original and unlike(inputs.text, inputs.original)
     notes = [f"drift is not measured: {difference}"] if difference else []
     yield {"type": "join", "tensors": joined.summary(), "assumptions": joined.assumptions, "notes": notes}
 
-    data = yield from _data(inputs, clip, keys, config, cache)
+    data = yield from _interruptible(_data(inputs, clip, keys, config, cache), control, folder)
+    if data is None:
+        return
     write_json(data.report, folder / "dataset.json")
     yield {"type": "dataset"} | data.report
 
@@ -239,12 +372,29 @@ def _repair(
     if inputs.original and not difference and not reference:
         reference = text_tower(inputs.original, joined).to(device)
     training = begin(clip, optimizer, data.pairs.counts, config, device)
-    scene = Scene(data.pairs, data.held, teachers, reference, _metadata(folder, joined))
+    scene = Scene(data.pairs, data.held, teachers, reference, joined.state, _metadata(folder, joined))
     try:
-        yield from _train(training, scene, config, folder, device, stop)
+        yield from Session(training, scene, config, folder, device, precision, control).events()
     finally:
         if data.pairs.pixels:
             data.pairs.pixels.close()
+
+
+def _check_memory(
+    inputs: Inputs,
+    joined: Joined,
+    config: RepairConfig,
+    precision: str,
+    device: torch.device,
+    make_room: Callable[[int], None],
+) -> None:
+    """Raises InputError when the training would not fit into what is free on its device."""
+    known = {
+        "caption_tokens": lengths(inputs.tokenize(inputs.index.captions()).ids).max().item(),
+        "original": inputs.original is not None,
+    }
+    make_room(memory.estimate(joined.config, config, precision, device, **known).total)
+    memory.check(joined.config, config, precision, device, memory.free(device), **known)
 
 
 def _check_size(pictures: int, config: RepairConfig) -> None:
@@ -280,23 +430,6 @@ def _teachers(inputs: Inputs, joined: Joined, config: RepairConfig) -> dict[str,
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Pairs that are measured and never trained on."""
-
-    index: Index
-    ids: Tensor  # (captions, context_length)
-    features: Tensor | None  # (pictures, embed_dim) of a locked vision tower
-
-    @torch.no_grad()
-    def image_features(self, clip: CLIP) -> Tensor:
-        """(pictures, embed_dim): as they were cached, or by the tower as it is now"""
-        if self.features is not None:
-            return self.features
-        batches = load_batches(self.index.paths, clip.visual.vision_config.image_size, batch=64)
-        return torch.cat([clip.encode_image(pixels.to(clip.logit_scale.device)).float().cpu() for pixels in batches])
 
 
 @dataclass(frozen=True)
@@ -341,105 +474,6 @@ def _rows(features: dict[str, Tensor], index: Index) -> Tensor:
     return torch.stack([features[picture.path] for picture in index.pictures]) if len(index) else torch.empty(0, 0)
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What stands still while a training moves."""
-
-    pairs: Pairs
-    held: HeldOut
-    teachers: dict[str, TextTower]
-    reference: TextTower | None  # that drift is measured from
-    metadata: dict[str, str]  # of every file that is written
-
-
-def _train(
-    training: Training, scene: Scene, config: RepairConfig, folder: Path, device: torch.device, stop: Callable[[], bool]
-) -> Iterator[Event]:
-    clip = training.clip
-    best: dict[str, float] | None = None  # step 0: no step was better than the start
-
-    def save() -> Event:
-        state = training.state() | {"best": best}
-        saves = folder / "checkpoints"
-        checkpoint.save(saves, training.step, clip, training.optimizer, state, config.keep, scene.metadata)
-        return {"type": "checkpoint", "step": training.step}
-
-    def export(name: str) -> None:
-        export_text(clip, folder / name, scene.metadata | {"step": str(training.step)})
-
-    saved = checkpoint.list_checkpoints(folder / "checkpoints")
-    if saved:
-        try:
-            state = checkpoint.restore(saved[-1], clip, training.optimizer)
-        except InputError as error:
-            older = f"go on from step {saved[-2].step}" if len(saved) > 1 else "start over"
-            files = saved[-1].path("*")
-            raise InputError(f"The newest checkpoint is damaged: {error}. Delete {files} to {older}") from None
-        training.restore(state)
-        best = state["best"]
-        telemetry.rewind(folder, training.step)
-        yield {"type": "resume", "step": training.step, "steps": training.total_steps}
-    else:
-        telemetry.rewind(folder, -1)
-        yield {"type": "start", "steps": training.total_steps, "device": str(device)}
-        for values in _measured(training, scene, config):
-            best = {"step": 0, "loss": min(values["held_out"]["loss"], sys.float_info.max)}
-            yield values
-
-    for event in train(training, scene.pairs, scene.teachers, config, device):
-        yield event
-        if event["type"] != "step":
-            continue
-        end_of_epoch = training.step % training.sampler.batches_per_epoch == 0
-        if end_of_epoch:
-            for values in _measured(training, scene, config):
-                if values["held_out"]["loss"] < best["loss"]:
-                    best = {"step": training.step, "loss": values["held_out"]["loss"]}
-                    export(BEST)
-                yield values
-        stopping = stop() and training.step < training.total_steps
-        if end_of_epoch or stopping or training.step % config.save_every == 0:
-            yield save()
-        if stopping:
-            export(RESULT)
-            yield {"type": "stopped", "step": training.step, "steps": training.total_steps, "run": str(folder)}
-            return
-
-    export(RESULT)
-    if config.train == "both":
-        state = {name: tensor.cpu() for name, tensor in clip.state_dict().items()}
-        write_clip(state, folder / "clip.safetensors", layout="openai", config=clip.config, metadata=scene.metadata)
-    events = telemetry.read(folder)
-    result = {
-        "steps": training.step,
-        "skipped": training.skipped,
-        "best": best,
-        "measurements": [event for event in events if event["type"] == "measure"],
-    }
-    write_json(result, folder / "result.json")
-    try:
-        plot_losses(events, folder / "loss.png")
-    except Exception as error:  # a picture must not decide over a run
-        log.exception("no loss picture for %s", folder.name)
-        yield {"type": "alarm", "alarm": "no_picture", "step": training.step, "advice": f"no loss picture: {error}"}
-    yield {"type": "done", "run": str(folder), "resumed": False}
-
-
-def _measured(training: Training, scene: Scene, config: RepairConfig) -> Iterator[Event]:
-    """A `measure` event, if there are pairs to measure on."""
-    held = scene.held
-    if not len(held.index):
-        return
-    features = held.image_features(training.clip)
-    first = first_captions(held.index.caption_counts)
-    losses = held_out_loss(training.clip, features, held.ids[first], scene.teachers, config)
-    values = measure_tower(training.clip, features, held.ids, held.index.owners(), scene.reference)
-    yield {"type": "measure", "step": training.step, "held_out": losses} | values
-
-
 def _metadata(folder: Path, joined: Joined) -> dict[str, str]:
     known = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     return {
@@ -447,73 +481,3 @@ def _metadata(folder: Path, joined: Joined) -> dict[str, str]:
         "gmp_run": json.dumps(known, sort_keys=True),
         "gmp_sources": json.dumps(joined.summary()),
     }
-
-
-def text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The text encoder's part of a canonical state dict, r and theta folded, in fp32 on the CPU."""
-    return fold_state({n: t.detach().cpu().float() for n, t in state.items() if not n.startswith("visual.")})
-
-
-def export_text(clip: CLIP, path: Path, metadata: dict[str, str]) -> None:
-    """Writes the text encoder of a CLIP that may be in GmP form: Hugging Face names, fp32, ready for the CLIP slot."""
-    write_text(text_state(clip.state_dict()), path, config=clip.text_config, metadata=metadata)
-
-
-class Worker:
-    """Drives a repair in a thread of its own and keeps its newest event."""
-
-    def __init__(
-        self, events: Callable[[Callable[[], bool]], Iterator[Event]], folder: Path, listen: Callable[[Event], None]
-    ):
-        """`events` takes the stop function and gives the generator; `listen` hears every event, in the thread."""
-        self.folder = folder
-        self.latest: Event = {"type": "queued"}
-        self.error: Exception | None = None
-        self._stop = threading.Event()
-        self._changed = threading.Condition()
-        self._events = events
-        self._listen = listen
-        self._thread = threading.Thread(target=self._work, name=f"gmp {folder.name}", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Asks for a stop at the next step's boundary, where the run saves itself."""
-        self._stop.set()
-
-    @property
-    def stopping(self) -> bool:
-        return self._stop.is_set()
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def wait(self, seconds: float) -> Event:
-        """Waits for an event, `seconds` at most, and returns the newest one."""
-        with self._changed:
-            if self.alive:
-                self._changed.wait(seconds)
-        return self.latest
-
-    def _work(self) -> None:
-        try:
-            events, self._events = self._events, None  # what the run holds is freed when it is through
-            for event in events(self._stop.is_set):
-                self._hear(event)
-        except Exception as error:  # the thread's last stand: what went wrong becomes the run's `failed` event
-            with contextlib.suppress(OSError):  # the disk may be what failed
-                (self.folder / "failure.txt").write_text(traceback.format_exc(), encoding="utf-8")
-            traceback.clear_frames(error.__traceback__)  # their variables hold the model, on the card even
-            self.error = error.with_traceback(None)
-            self._hear({"type": "failed", "error": str(error), "t": round(time.time(), 3)})
-
-    def _hear(self, event: Event) -> None:
-        self.latest = event
-        try:
-            self._listen(event)
-        except Exception:  # whoever listens must not end the training
-            log.exception("a listener of run %s failed", self.folder.name)
-        with self._changed:
-            self._changed.notify_all()

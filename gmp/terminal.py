@@ -62,7 +62,15 @@ def tell(event: Event) -> str | None:
             + (f"; cosine to the original at penultimate {cosine:.3f}" if cosine is not None else "")
         )
     if kind == "alarm":
-        return f"step {event['step']}: {event['advice']}"
+        return f"step {event['step']}: {event['advice']}" if event["raised"] else None
+    if kind == "waiting":
+        return f"waiting for {', '.join(event['ahead'])}; Ctrl-C gives up the place"
+    if kind == "paused":
+        return f"paused at step {event['step']}"
+    if kind == "resumed":
+        return f"going on at step {event['step']}"
+    if kind == "out_of_memory":
+        return f"step {event['step'] + 1} did not fit into memory; from now on {event['batch']} pairs in one pass"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,15 @@ from tests.small import PICTURES, SMALL, disturbed, small_clip, tokenize
 
 # Tensors are small here; on a busy machine threads that wait for each other make tests ten times slower.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_line(tmp_path_factory, monkeypatch):
+    """Runs of a test wait for each other, and not for those of another test or of this machine's user."""
+    folder = tmp_path_factory.mktemp("line")
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setenv("TMPDIR", str(folder))  # of processes that the test starts
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 
 from gmp.clip import CLIP, CLIPConfig, TextConfig, VisionConfig, initialize
 from gmp.geometric import to_geometric
-from gmp.gradients import clip_gradients, gradient_norms, layer_and_role
+from gmp.gradients import clip_gradients, layer_and_role, norms_by_layer, share_of_non_finite, squares
 from gmp.optim import SCHEDULES, decays, parameter_groups, schedule, set_rates
 
 CONFIG = CLIPConfig(TextConfig(32, 2, 2, 64, 12, 50, 16), VisionConfig(32, 2, 2, 64, 8, 16, 16))
@@ -143,16 +143,19 @@ def with_gradients(clip, size=1.0):
     return [n for n, _ in clip.named_parameters()], [p for _, p in clip.named_parameters()]
 
 
+def gradients(clip):
+    found = {name: p.grad for name, p in clip.named_parameters() if p.grad is not None}
+    return list(found), list(found.values())
+
+
 def test_gradient_norms(clip):
-    names, parameters = with_gradients(clip)
-    norms = gradient_norms(names, parameters)
-    squares = {n: p.grad.double().square().sum().item() for n, p in clip.named_parameters() if p.grad is not None}
-    assert norms.total == pytest.approx(math.sqrt(sum(squares.values())), rel=1e-5)
+    with_gradients(clip)
+    names, grads = gradients(clip)
+    norms = norms_by_layer(names, squares(grads).tolist())
     layers = {}
-    for name, square in squares.items():
-        layers[layer_and_role(name)] = layers.get(layer_and_role(name), 0) + square
-    assert norms.layers == pytest.approx({key: math.sqrt(value) for key, value in layers.items()}, rel=1e-5)
-    assert norms.finite
+    for name, grad in zip(names, grads, strict=True):
+        layers[layer_and_role(name)] = layers.get(layer_and_role(name), 0) + grad.double().square().sum().item()
+    assert norms == pytest.approx({key: math.sqrt(value) for key, value in layers.items()}, rel=1e-5)
 
 
 def test_layers_and_roles(clip):
@@ -179,17 +182,23 @@ def test_layers_and_roles(clip):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_one_bad_gradient_is_seen(clip, bad):
-    names, parameters = with_gradients(clip)
-    clip.visual.proj.grad[3, 5] = bad
-    assert not gradient_norms(names, parameters).finite
+def test_bad_gradients_are_counted(clip, bad):
+    with_gradients(clip)
+    names, grads = gradients(clip)
+    assert share_of_non_finite(grads) == 0 and math.isfinite(squares(grads).sum())
+    clip.visual.proj.grad[3, 5:7] = bad
+    assert not math.isfinite(squares(grads).sum())
+    assert share_of_non_finite(grads) == 2 / sum(grad.numel() for grad in grads)
+    assert [k for k, v in norms_by_layer(names, squares(grads).tolist()).items() if not math.isfinite(v)] == [
+        "vision.projection"
+    ]
 
 
 @pytest.mark.parametrize("most", [0.5, 1e6, 0.0])
 def test_clipping(clip, most):
-    names, parameters = with_gradients(clip)
+    _, parameters = with_gradients(clip)
     before = [None if p.grad is None else p.grad.clone() for p in parameters]
-    clip_gradients(parameters, gradient_norms(names, parameters).total, most)
+    clip_gradients(parameters, math.sqrt(squares(gradients(clip)[1]).sum()), most)
     found = [None if p.grad is None else p.grad.clone() for p in parameters]
     for parameter, grad in zip(parameters, before, strict=True):
         parameter.grad = grad

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from ..errors import InputError
 from ..events import Event
 from ..terminal import Stop, show, tell
+from .runs import note_command
 from .towers import device, read_towers
 
 
@@ -43,6 +44,7 @@ def repair(options: argparse.Namespace) -> object:
         save_every=options.save_every,
         keep=options.keep,
         seed=options.seed,
+        checkpointing=options.checkpointing,
     )
     index = read_index(options.images, options.captions, options.allow_missing)
     text, vision, original = read_towers(options)
@@ -51,6 +53,8 @@ def repair(options: argparse.Namespace) -> object:
     last: Event = {}
 
     def hear(event: Event) -> str | None:
+        if not last and (options.out / "run.json").exists():
+            note_command(options.out, options.arguments)
         last.update(event)
         return tell(event)
 
@@ -58,6 +62,9 @@ def repair(options: argparse.Namespace) -> object:
         cache = options.cache or default_cache()
         events = start(inputs, config, options.out, cache=cache, device=device(options.device), stop=stop)
         show(events, hear)
+    if last["type"] == "discarded":
+        print(f"{options.out} was discarded")
+        return {"run": str(options.out), "state": "discarded"}
     if last["type"] == "stopped":
         where = f"at step {last['step']} of {last['steps']}" if last["steps"] else "before training"
         print(f"stopped {where}; the same command goes on from there")

@@ -1,0 +1,238 @@
+"""One sitting of a run: trains from where it is, does what is asked at step boundaries, measures, saves, exports."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import checkpoint, memory, telemetry
+from .alarms import Alarms
+from .clip import CLIP, TextTower
+from .compare import moved
+from .config import RepairConfig
+from .control import Control
+from .data.captions import Index, first_captions
+from .data.images import load_batches
+from .errors import InputError
+from .events import Event
+from .files import write_json
+from .geometric import fold_state
+from .history import SNAPSHOT, History
+from .layouts import write_clip, write_text
+from .measure import measure_tower
+from .plots import plot_losses
+from .trainer import Pairs, Training, held_out_loss, train
+
+log = logging.getLogger(__name__)
+
+RESULT = "text_encoder.safetensors"
+BEST = "best_text_encoder.safetensors"
+CHECKPOINTS = "checkpoints"
+REMEMBERED = 2_000_000  # bytes of the record that a run which goes on looks at, to know what is usual in it
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Pairs that are measured and never trained on."""
+
+    index: Index
+    ids: Tensor  # (captions, context_length)
+    features: Tensor | None  # (pictures, embed_dim) of a locked vision tower
+
+    @torch.no_grad()
+    def image_features(self, clip: CLIP) -> Tensor:
+        """(pictures, embed_dim): as they were cached, or by the tower as it is now"""
+        if self.features is not None:
+            return self.features
+        batches = load_batches(self.index.paths, clip.visual.vision_config.image_size, batch=64)
+        return torch.cat([clip.encode_image(pixels.to(clip.logit_scale.device)).float().cpu() for pixels in batches])
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What stands still while a training moves."""
+
+    pairs: Pairs
+    held: HeldOut
+    teachers: dict[str, TextTower]
+    reference: TextTower | None  # that drift is measured from
+    start: Mapping[str, Tensor]  # canonical weights before the first step
+    metadata: dict[str, str]  # of every file that is written
+
+
+class Session:
+    """A training, what it works on, and what is asked of it. `events` is to be taken once."""
+
+    def __init__(
+        self,
+        training: Training,
+        scene: Scene,
+        config: RepairConfig,
+        folder: Path,
+        device: torch.device,
+        precision: str,
+        control: Control,
+    ):
+        self.training, self.scene, self.config, self.folder = training, scene, config, folder
+        self.device, self.control = device, control
+        self.alarms = Alarms(patience=3 if precision == "fp16" else 1)
+        self.best: dict[str, float] | None = None  # step 0: no step was better than the start
+        self._saved: int | None = None
+        self._actions = {"measure": self.measure, "save": self.save}
+
+    def events(self) -> Iterator[Event]:
+        """Steps to the end, or until it is asked to end; the last event is `done`, `stopped` or `discarded`."""
+        yield from self._begin()
+        training, config, control = self.training, self.config, self.control
+        for event in train(training, self.scene.pairs, self.scene.teachers, config, self.device):
+            yield event
+            if event["type"] != "step":
+                continue
+            yield from self.alarms.hear(event)
+            end_of_epoch = training.step % training.sampler.batches_per_epoch == 0
+            if end_of_epoch:
+                yield from self.measure()
+            if end_of_epoch or training.step % config.save_every == 0:
+                yield from self.save()
+            if training.step == training.total_steps:
+                break
+            yield from control.obey(training.step, self._actions, self._offload)
+            if control.discards:
+                yield {"type": "discarded", "step": training.step}
+                return
+            if control.ends:
+                if self._saved != training.step:
+                    yield from self.save()
+                export_text(training.clip, self.folder / RESULT, self._metadata())
+                yield {"type": "stopped", "step": training.step, "steps": training.total_steps}
+                return
+        yield from self._finish()
+
+    def measure(self) -> Iterator[Event]:
+        """A `measure` event, and what it sets off, if there are pairs to measure on. Keeps the best encoder."""
+        held, training = self.scene.held, self.training
+        if not len(held.index):
+            return
+        features = held.image_features(training.clip)
+        first = first_captions(held.index.caption_counts)
+        losses = held_out_loss(training.clip, features, held.ids[first], self.scene.teachers, self.config)
+        values = measure_tower(training.clip, features, held.ids, held.index.owners(), self.scene.reference)
+        if self.best is None:
+            self.best = {"step": training.step, "loss": min(losses["loss"], sys.float_info.max)}
+        elif losses["loss"] < self.best["loss"]:
+            self.best = {"step": training.step, "loss": losses["loss"]}
+            export_text(training.clip, self.folder / BEST, self._metadata())
+        event = {"type": "measure", "step": training.step, "held_out": losses} | values
+        yield event | {"moved": moved(training.clip, self.scene.start)}
+        yield from self.alarms.hear(event)
+
+    def save(self) -> Iterator[Event]:
+        """A checkpoint, and a snapshot of the history beside it, so that long runs are opened quickly."""
+        training = self.training
+        checkpoint.save(
+            self.folder / CHECKPOINTS,
+            training.step,
+            training.clip,
+            training.optimizer,
+            training.state() | {"best": self.best},
+            self.config.keep,
+            self.scene.metadata,
+        )
+        self._saved = training.step
+        yield {"type": "checkpoint", "step": training.step}
+        self._history()
+
+    def _begin(self) -> Iterator[Event]:
+        training, folder = self.training, self.folder
+        steps = {"steps": training.total_steps, "device": str(self.device)}
+        saved = checkpoint.list_checkpoints(folder / CHECKPOINTS)
+        if not saved:
+            yield {"type": "start", "step": 0} | steps
+            yield from self.measure()
+            return
+        try:
+            state = checkpoint.restore(saved[-1], training.clip, training.optimizer)
+        except InputError as error:
+            older = f"go on from step {saved[-2].step}" if len(saved) > 1 else "start over"
+            files = saved[-1].path("*")
+            raise InputError(f"The newest checkpoint is damaged: {error}. Delete {files} to {older}") from None
+        training.restore(state)
+        self.best = state["best"]
+        yield {"type": "resume", "step": training.step} | steps
+        for event in _remembered(folder):
+            self.alarms.hear(event)
+
+    def _finish(self) -> Iterator[Event]:
+        training, folder = self.training, self.folder
+        export_text(training.clip, folder / RESULT, self._metadata())
+        if self.config.train == "both":
+            state = {name: tensor.cpu() for name, tensor in training.clip.state_dict().items()}
+            path, metadata = folder / "clip.safetensors", self.scene.metadata
+            write_clip(state, path, layout="openai", config=training.clip.config, metadata=metadata)
+        result = {
+            "steps": training.step,
+            "skipped": training.skipped,
+            "best": self.best,
+            "measurements": [event for event in telemetry.read(folder, kinds=("measure",))],
+        }
+        write_json(result, folder / "result.json")
+        try:
+            plot_losses(self._history().whole(), folder / "loss.png")
+        except Exception as error:  # a picture must not decide over a run
+            log.exception("no loss picture for %s", folder.name)
+            yield {
+                "type": "alarm",
+                "alarm": "no_picture",
+                "step": training.step,
+                "raised": True,
+                "advice": f"no loss picture: {error}",
+                "value": None,
+            }
+        yield {"type": "done", "step": training.step, "resumed": False}
+
+    def _history(self) -> History:
+        history = History.load(self.folder)
+        history.follow()
+        history.save(self.folder / SNAPSHOT)
+        return history
+
+    def _metadata(self) -> dict[str, str]:
+        return self.scene.metadata | {"step": str(self.training.step)}
+
+    def _offload(self, away: bool) -> None:
+        """Moves all that a training keeps on its device to the CPU, or back."""
+        scene, training = self.scene, self.training
+        towers = [training.clip, *scene.teachers.values(), *([scene.reference] if scene.reference else [])]
+        locked = None if scene.pairs.pixels else training.clip.visual  # it is on the CPU already
+        memory.move(towers, training.optimizer, torch.device("cpu") if away else self.device, locked)
+        if away:
+            memory.release(self.device)
+
+
+def _remembered(folder: Path) -> list[Event]:
+    """The newest events of a record that a run goes on with, those left out that it has just taken back."""
+    path = folder / telemetry.EVENTS
+    found: deque[Event] = deque(maxlen=1000)
+    for _, event in telemetry.lines(path, max(0, os.path.getsize(path) - REMEMBERED)):
+        if event.get("type") == "resume":
+            found = deque((one for one in found if one.get("step", 0) <= event["step"]), maxlen=1000)
+        found.append(event)
+    return list(found)
+
+
+def text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The text encoder's part of a canonical state dict, r and theta folded, in fp32 on the CPU."""
+    return fold_state({n: t.detach().cpu().float() for n, t in state.items() if not n.startswith("visual.")})
+
+
+def export_text(clip: CLIP, path: Path, metadata: dict[str, str]) -> None:
+    """Writes the text encoder of a CLIP that may be in GmP form: Hugging Face names, fp32, ready for the CLIP slot."""
+    write_text(text_state(clip.state_dict()), path, config=clip.text_config, metadata=metadata)
