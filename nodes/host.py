@@ -379,13 +379,18 @@ def device() -> torch.device:
     return mm.get_torch_device()
 
 
-def make_room(parameters: int) -> None:
-    """Asks ComfyUI to move models off the device until a training of so many parameters should fit."""
+def make_room(needed: int) -> None:
+    """Asks ComfyUI to move models off the device until so many bytes are free; on the prompt thread only."""
     target = mm.get_torch_device()
     if target.type != "cpu":
-        # fp32 weights, gradients and two moments, once more for teachers and copies; 4 GiB for activations
-        mm.free_memory(parameters * 4 * 6 + 4 * 2**30, target)
+        mm.free_memory(needed, target)
         mm.soft_empty_cache()
+
+
+def has_room(needed: int) -> bool:
+    """Whether so many bytes are free on the device; in any thread."""
+    target = mm.get_torch_device()
+    return target.type == "cpu" or mm.get_free_memory(target) >= needed
 
 
 def raise_if_interrupted() -> None:

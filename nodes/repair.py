@@ -6,10 +6,12 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..gmp.clip import CLIPConfig
 from ..gmp.config import PRECISIONS, TRAIN, Anchor, RepairConfig
 from ..gmp.data.captions import Index
 from ..gmp.events import Event, finish
 from ..gmp.features import content_keys
+from ..gmp.memory import estimate
 from ..gmp.run import Inputs, check_anchors, describe_run, repair, run_id
 from ..gmp.trainer import precision_of
 from . import host, routes, runs
@@ -180,6 +182,22 @@ class Repair(io.ComfyNode):
                     tooltip="Holds the encoder to what it is now, broken, at the same place: keeps what the fine-tune "
                     "taught the diffusion model to read. 0 is off.",
                 ),
+                io.Combo.Input(
+                    "while_generating",
+                    options=list(runs.POLICIES),
+                    default="pause",
+                    optional=True,
+                    advanced=True,
+                    tooltip="pause: hold the run while ComfyUI makes pictures, which are then as fast as ever. "
+                    "share: train on beside them.",
+                ),
+                io.Boolean.Input(
+                    "checkpointing",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Less memory, a third slower: keeps each block's input only and computes the rest again.",
+                ),
             ],
             outputs=[
                 Run.Output(
@@ -187,7 +205,8 @@ class Repair(io.ComfyNode):
                     tooltip="The run, for Repaired Text Encoder. It may still be training.",
                 )
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            is_output_node=True,  # it may stand at the end of a graph: what it makes lies in the run's folder
         )
 
     @classmethod
@@ -223,6 +242,8 @@ class Repair(io.ComfyNode):
         save_every: int = 200,
         keep: int = 3,
         broken_weight: float = 0.0,
+        while_generating: str = "pause",
+        checkpointing: bool = False,
     ) -> io.NodeOutput:
         weights = {"original": anchor_weight, "broken": broken_weight}
         config = RepairConfig(
@@ -239,10 +260,11 @@ class Repair(io.ComfyNode):
             save_every=save_every,
             keep=keep,
             seed=seed,
+            checkpointing=checkpointing,
         )
         text = gmp_clip.text
         device = host.device()
-        precision_of(precision, device)
+        computed = precision_of(precision, device)
         check_anchors(text, gmp_clip.vision, gmp_clip.original, config)
         tokenize = host.tokenizer(text.source.member, text.config.context_length)
         inputs = Inputs(text, gmp_clip.vision, gmp_clip.original, dataset, tokenize)
@@ -254,16 +276,41 @@ class Repair(io.ComfyNode):
         _last[cls.hidden.unique_id] = run
 
         def events(stop):
-            return repair(inputs, config, handle.folder, cache=cache, device=device, stop=stop)
+            return repair(
+                inputs,
+                config,
+                handle.folder,
+                cache=cache,
+                device=device,
+                stop=stop,
+                busy=lambda: runs.busy(run),
+                make_room=routes.ask_for_room,
+            )
 
-        if runs.status_of(run).state not in ("running", "finished"):
-            host.make_room(sum(t.numel() for part in (text, gmp_clip.vision) for t in part.state.values()))
-        worker = runs.attach(handle, events, routes.viewer(cls))
+        now = runs.status_of(run)
+        if not now.at_work and now.state != "finished":
+            shape = CLIPConfig(text.config, gmp_clip.vision.config)
+            host.make_room(estimate(shape, config, computed, device).total)
+        prompt = _ancestors(cls.hidden.prompt, cls.hidden.unique_id)
+        runs.attach(handle, events, while_generating, prompt)
         if wait:
             runs.wait(handle, lambda event: runs.show_progress(event, progress))
-        done = worker is None or worker.latest["type"] == "done"
-        words = runs.summary(handle.folder) if done else runs.tell(worker.latest)
+        done = runs.status_of(run).state == "finished"
+        words = runs.summary(handle.folder) if done else runs.overview(run)["text"]
         return routes.with_text(cls, f"run {run}\n{words}", handle)
+
+
+def _ancestors(prompt: dict[str, dict], node: str) -> dict[str, dict]:
+    """The part of a prompt that a node needs, with the node."""
+    kept: dict[str, dict] = {}
+    todo = [node]
+    while todo:
+        name = todo.pop()
+        if name in kept or name not in prompt:
+            continue
+        kept[name] = {key: prompt[name][key] for key in ("class_type", "inputs")}
+        todo += [v[0] for v in kept[name]["inputs"].values() if isinstance(v, list) and len(v) == 2]
+    return kept
 
 
 def _keys(dataset: Index, cache: Path, progress: host.Progress) -> list[str]:

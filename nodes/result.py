@@ -92,7 +92,6 @@ class RepairedTextEncoder(io.ComfyNode):
     def execute(cls, run: RunHandle, which: str, step: int, wait: bool) -> io.NodeOutput:
         if wait:
             progress = host.Progress()
-            runs.watch(run, routes.viewer(cls))
             runs.wait(run, lambda event: runs.show_progress(event, progress))
         with torch.inference_mode(False):
             encoder = _read(run, which, step)

@@ -42,8 +42,10 @@ class Host:
             self.port = free.getsockname()[1]
         command = [PYTHON, "main.py", "--cpu", "--port", str(self.port), "--listen", "127.0.0.1"]
         command += ["--base-directory", self.base, "--database-url", "sqlite:///:memory:"]
+        (self.base / "temporary").mkdir(exist_ok=True)  # runs of other programs are not waited for
+        environment = os.environ | {"TMPDIR": str(self.base / "temporary")}
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, cwd=COMFYUI, stdout=log, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(command, cwd=COMFYUI, env=environment, stdout=log, stderr=subprocess.STDOUT)
         for _ in range(600):
             if self.process.poll() is not None:
                 break
@@ -62,6 +64,17 @@ class Host:
     def get(self, path: str) -> object:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
             return json.load(answer)
+
+    def text(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
+            return answer.read().decode()
+
+    def status(self, path: str) -> int:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
 
     def post(self, path: str, body: object, kind: str = "application/json") -> tuple[int, object]:
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode())
@@ -99,7 +112,10 @@ class Host:
         raise AssertionError(f"not within {seconds} s:\n{self.log.read_text()[-3000:]}")
 
     def runs(self) -> dict[str, dict]:
-        return {run["run"]: run for run in self.get("/gmp/runs")}
+        return {run["run"]: run for run in self.get("/gmp/runs")["runs"]}
+
+    def ask(self, run: str, command: str, **options: object) -> tuple[int, object]:
+        return self.post(f"/gmp/runs/{run}/command", {"command": command} | options)
 
     @property
     def output(self) -> Path:

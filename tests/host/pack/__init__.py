@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import comfy.model_management
+import comfy.model_patcher
 import comfy.sd
 import comfy.sdxl_clip
+import comfy.supported_models
 import comfy.text_encoders.flux
 import comfy.text_encoders.sd2_clip
 import comfy.text_encoders.sd3_clip
 import folder_paths
 import torch
 from safetensors.torch import save_file
+from server import PromptServer
 
 import nodes
 
@@ -144,8 +150,57 @@ class NoModel(Node):
         return (None,)
 
 
+class TinyModel(Node):
+    """A diffusion model of SD1's kind with random weights, for conditioning of any width."""
+
+    INPUTS = {"context_dim": ("INT", {"default": 64})}
+    RETURN_TYPES = ("MODEL",)
+
+    def run(self, context_dim: int):
+        shape = {
+            "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1],
+            "channel_mult": [1, 2], "transformer_depth": [1, 1], "transformer_depth_middle": 1,
+            "transformer_depth_output": [1, 1, 1, 1], "use_spatial_transformer": True, "context_dim": context_dim,
+            "num_heads": 4, "use_linear_in_transformer": False, "legacy": False, "dtype": torch.float32,
+        }  # fmt: skip
+        config = comfy.supported_models.SD15(shape)
+        device = comfy.model_management.get_torch_device()
+        model = config.get_model({}, "", device=torch.device("cpu"))
+        dice = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for weight in model.diffusion_model.parameters():
+                weight.copy_(torch.randn(weight.shape, generator=dice) * 0.1)
+        return (comfy.model_patcher.ModelPatcher(model, device, torch.device("cpu")),)
+
+
+class LoopLag(Node):
+    """The longest that the server's event loop stood still since the last call, in seconds."""
+
+    OUTPUT_NODE = True
+    beat: asyncio.Task | None = None
+    worst = 0.0
+
+    @classmethod
+    def IS_CHANGED(cls) -> float:
+        return float("nan")
+
+    @classmethod
+    async def watch(cls) -> None:
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.005)
+            cls.worst = max(cls.worst, time.monotonic() - before - 0.005)
+
+    def run(self):
+        cls = type(self)
+        if cls.beat is None:
+            cls.beat = asyncio.run_coroutine_threadsafe(cls.watch(), PromptServer.instance.loop)
+        worst, cls.worst = cls.worst, 0.0
+        return {"ui": {"text": [str(worst)]}}
+
+
 class Dump(Node):
-    """Writes CONDITIONING, or a text encoder's state, to output/NAME.safetensors."""
+    """Writes CONDITIONING, LATENT, or a text encoder's state, to output/NAME.safetensors."""
 
     INPUTS = {"value": ("*",), "name": ("STRING", {"default": "dump"})}
     OUTPUT_NODE = True
@@ -158,6 +213,8 @@ class Dump(Node):
         if isinstance(value, list):
             tensors = {"cond": value[0][0], "pooled": value[0][1].get("pooled_output")}
             tensors = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+        elif isinstance(value, dict):
+            tensors = {"samples": value["samples"]}
         else:
             tensors = value.state
         plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
@@ -195,5 +252,5 @@ class Threads(Node):
 
 NODE_CLASS_MAPPINGS = {
     f"GmPTest{kind.__name__}": kind
-    for kind in (TinyCLIP, Perturb, Patches, Lora, PooledOnly, NoModel, Dump, Tokens, Threads)
+    for kind in (TinyCLIP, Perturb, Patches, Lora, PooledOnly, NoModel, TinyModel, LoopLag, Dump, Tokens, Threads)
 }
