@@ -42,6 +42,8 @@ SERIES = (
 NAMED_SERIES = ("losses", "lrs")
 LAYERS = {"grad_norms": "grad_norm", "update_ratios": "update_ratio"}
 
+MEASURED = ("loss", "contrastive", "recall_at_1_text_to_image", "recall_at_1_image_to_text")  # null if not known
+RETRIEVAL = ("recall_at_", "mean_rank_", "median_rank_", "images", "captions")
 MARKS = ("start", "resume", "checkpoint", "paused", "resumed", "out_of_memory", "stopped", "done", "failed")
 _OF_MARKS = ("why", "offloaded", "batch")  # what they tell beside type, step and t
 
@@ -514,19 +516,11 @@ def _is_step(step: int | None) -> bool:
 
 
 def _measure(event: Event) -> dict[str, object]:
-    """A measurement in brief: losses of held-out pairs, recall, and cosines to the original at the read points."""
-    held_out, drift = _dict(event.get("held_out")), _dict(event.get("drift"))
-    return {"step": event["step"]} | {
-        name: _rounded([value])[0]
-        for name, value in {
-            "loss": held_out.get("loss"),
-            "contrastive": held_out.get("contrastive"),
-            "recall_at_1_text_to_image": event.get("recall_at_1_text_to_image"),
-            "recall_at_1_image_to_text": event.get("recall_at_1_image_to_text"),
-            "penultimate": _dict(drift.get("penultimate")).get("cosine"),
-            "pooled": _dict(drift.get("pooled")).get("cosine"),
-        }.items()
-    }
+    """A measurement as plain numbers: losses of held-out pairs, recalls and ranks, cosines by read point."""
+    drift = {point: _dict(values).get("cosine") for point, values in _dict(event.get("drift")).items()}
+    retrieval = {name: value for name, value in event.items() if name.startswith(RETRIEVAL)}
+    numbers = dict.fromkeys(MEASURED) | _dict(event.get("held_out")) | retrieval | drift
+    return {"step": event["step"]} | {name: _rounded([value])[0] for name, value in numbers.items()}
 
 
 def _alarm(event: Event, step: int) -> dict[str, object]:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import getpass
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+
+_probing = threading.Lock()  # two who look at once must not take each other for the holder
 
 
 def device_name(device: torch.device) -> str:
@@ -42,13 +45,18 @@ class Place:
     def __init__(self, device: str, run: Path):
         self._folder = _folder(device)
         self._run = run.resolve()
+        self._before: list[int] = []
+        self._told: list[int] = []  # of these,
+        self._known: list[Path] = []  # the runs
 
     def __enter__(self) -> Place:
         with _still(self._folder):
             self._number = max(_numbers(self._folder), default=0) + 1
-            self._lock = FileLock(_path(self._folder, self._number, "lock"), timeout=0, thread_local=False)
+            # who looks may hold it for a moment
+            self._lock = FileLock(_path(self._folder, self._number, "lock"), timeout=5, thread_local=False)
             self._lock.acquire()
             _path(self._folder, self._number, "run").write_text(str(self._run), encoding="utf-8")
+        self._before = [number for number in _numbers(self._folder) if number < self._number]
         return self
 
     def __exit__(self, *_) -> None:
@@ -56,9 +64,22 @@ class Place:
             self._lock.release()
             _clear(self._folder, self._number)
 
+    def is_first(self) -> bool:
+        """Whether it is this run's turn. Looks at one place before it, as a rule: whoever left is not asked again."""
+        while self._before and not _is_alive(self._folder, self._before[0]):
+            del self._before[0]
+        return not self._before
+
     def ahead(self) -> list[Path]:
-        """Folders of the runs that are before this one, the one that trains first."""
-        return _waiting(self._folder, self._number)
+        """Folders of the runs that are before this one, the one that trains first; looked up when someone has left."""
+        if self.is_first():
+            return []
+        there = set(_numbers(self._folder))
+        left = [number for number in self._before if number in there]
+        if left != self._told:
+            self._before = self._told = left
+            self._known = _standing(self._folder, left)
+        return self._known
 
 
 def ahead(device: str, run: Path) -> list[Path]:
@@ -66,34 +87,47 @@ def ahead(device: str, run: Path) -> list[Path]:
     folder, run = _folder(device), run.resolve()
     if not folder.is_dir():
         return []
-    everyone = _waiting(folder, None)
-    return everyone[: everyone.index(run)] if run in everyone else []
+    numbers = sorted(_numbers(folder))
+    mine = next((number for number in numbers if _run_of(folder, number) == run), None)
+    return [] if mine is None else _standing(folder, [number for number in numbers if number < mine])
 
 
-def _waiting(folder: Path, before: int | None) -> list[Path]:
-    found = []
-    with _still(folder):
-        for number in sorted(_numbers(folder)):
-            if before is not None and number >= before:
-                break
-            if _is_alive(folder, number):
-                found.append(Path(_path(folder, number, "run").read_text(encoding="utf-8")))
-    return found
+def _standing(folder: Path, numbers: list[int]) -> list[Path]:
+    runs = {number: _run_of(folder, number) for number in sorted(numbers) if _is_alive(folder, number)}
+    return [run for run in runs.values() if run is not None]
+
+
+def _run_of(folder: Path, number: int) -> Path | None:
+    try:
+        return Path(_path(folder, number, "run").read_text(encoding="utf-8"))
+    except FileNotFoundError:  # it has just left
+        return None
 
 
 def _is_alive(folder: Path, number: int) -> bool:
     """Whether a place is held; one that is not is cleared away."""
-    try:
-        with FileLock(_path(folder, number, "lock"), timeout=0, thread_local=False):
-            pass
-    except Timeout:
+    if _is_held(folder, number):
         return True
-    _clear(folder, number)
+    with _still(folder):  # nobody takes a place now
+        if _is_held(folder, number):
+            return True
+        _clear(folder, number)
     return False
 
 
+def _is_held(folder: Path, number: int) -> bool:
+    path = _path(folder, number, "lock")
+    if not path.exists():
+        return False
+    try:
+        with _probing, FileLock(path, timeout=0, thread_local=False):
+            return False
+    except Timeout:
+        return True
+
+
 def _numbers(folder: Path) -> list[int]:
-    return [int(path.stem) for path in folder.glob("*.lock") if path.stem.isdigit()]
+    return sorted(int(path.stem) for path in folder.glob("*.lock") if path.stem.isdigit())
 
 
 def _path(folder: Path, number: int, kind: str) -> Path:

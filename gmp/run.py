@@ -35,7 +35,7 @@ from torch import Tensor
 from . import __version__, checkpoint, line, memory, telemetry
 from .clip import CLIP, TextTower
 from .config import RepairConfig
-from .control import BOX, POLL, Control
+from .control import BOX, Control
 from .data.captions import Index, check_pictures, split
 from .data.images import PicturesAhead
 from .errors import InputError
@@ -51,6 +51,7 @@ from .tokenizer import Tokens, lengths
 from .trainer import Pairs, begin, precision_of, set_up
 
 FAILURE = "failure.txt"
+TURN = 0.25  # seconds between two looks of a run that waits for its turn
 HOUSEKEEPING = ("save_every", "keep", "checkpointing")  # settings that change no result
 PASSING = (LOCK, OWNER, BOX, FAILURE)  # what a folder may hold before it is a run's
 FILES = (
@@ -302,11 +303,11 @@ def _repair(
 def _wait(place: line.Place, control: Control, folder: Path) -> Generator[Event, None, bool]:
     """Waits until the run is the first in its line; False if it was asked to end first."""
     told: list[Path] = []
-    while ahead := place.ahead():
-        if ahead != told:
+    while not place.is_first():
+        if (ahead := place.ahead()) != told:
             yield {"type": "waiting", "ahead": [one.name for one in ahead]}
             told = ahead
-        time.sleep(POLL)
+        time.sleep(TURN)
         control.look()
         if control.ends:
             yield _ended(control, folder)

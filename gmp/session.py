@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ log = logging.getLogger(__name__)
 RESULT = "text_encoder.safetensors"
 BEST = "best_text_encoder.safetensors"
 CHECKPOINTS = "checkpoints"
-REMEMBERED = 2_000_000  # bytes of the record that a run which goes on looks at, to know what is usual in it
+REMEMBERED = 64_000_000  # bytes of the record that a run which goes on looks at, to know what is usual in it
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,9 @@ class Session:
         training, config, control = self.training, self.config, self.control
         for event in train(training, self.scene.pairs, self.scene.teachers, config, self.device):
             yield event
+            yield from self.alarms.hear(event)
             if event["type"] != "step":
                 continue
-            yield from self.alarms.hear(event)
             end_of_epoch = training.step % training.sampler.batches_per_epoch == 0
             if end_of_epoch:
                 yield from self.measure()
@@ -104,7 +103,9 @@ class Session:
                 yield from self.save()
             if training.step == training.total_steps:
                 break
-            yield from control.obey(training.step, self._actions, self._offload)
+            for told in control.obey(training.step, self._actions, self._offload):
+                yield told
+                self.alarms.hear(told)
             if control.discards:
                 yield {"type": "discarded", "step": training.step}
                 return
@@ -155,7 +156,7 @@ class Session:
         steps = {"steps": training.total_steps, "device": str(self.device)}
         saved = checkpoint.list_checkpoints(folder / CHECKPOINTS)
         if not saved:
-            yield {"type": "start", "step": 0} | steps
+            yield {"type": "start", "step": -1} | steps  # takes back all that an attempt has recorded
             yield from self.measure()
             return
         try:
@@ -218,14 +219,14 @@ class Session:
 
 
 def _remembered(folder: Path) -> list[Event]:
-    """The newest events of a record that a run goes on with, those left out that it has just taken back."""
+    """What a run that goes on has recorded and not taken back, without what it recorded layer by layer."""
     path = folder / telemetry.EVENTS
-    found: deque[Event] = deque(maxlen=1000)
+    found: list[Event] = []
     for _, event in telemetry.lines(path, max(0, os.path.getsize(path) - REMEMBERED)):
-        if event.get("type") == "resume":
-            found = deque((one for one in found if one.get("step", 0) <= event["step"]), maxlen=1000)
-        found.append(event)
-    return list(found)
+        if event["type"] == "resume":
+            found = [one for one in found if one.get("step", 0) <= event["step"]]
+        found.append({name: value for name, value in event.items() if name not in ("grad_norms", "update_ratios")})
+    return found
 
 
 def text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ Unless said otherwise, call these on the prompt thread only.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -194,13 +195,21 @@ def save_path(kind: str, prefix: str, place: str, suffix: str = ".safetensors") 
 
 def without_folders(text: str) -> str:
     """A message for everyone: the host's folders are taken out of the paths in it."""
+    if os.sep not in text and "/" not in text:
+        return text
     roots = {folder_paths.base_path, folder_paths.get_output_directory(), folder_paths.get_input_directory()}
     roots |= {folder_paths.get_temp_directory(), folder_paths.get_user_directory(), str(Path(__file__).parents[1])}
     roots |= {folder for folders, _ in folder_paths.folder_names_and_paths.values() for folder in folders}
-    roots |= {str(Path(root).resolve()) for root in roots} | {str(Path.home())}
-    for root in sorted(roots, key=len, reverse=True):
-        text = text.replace(root.rstrip("/\\") + os.sep, "")
+    for root in _longest_first(frozenset(roots)):
+        text = text.replace(root, "")
     return text
+
+
+@functools.lru_cache(maxsize=4)
+def _longest_first(roots: frozenset[str]) -> list[str]:
+    """Folders, what they link to, and the home folder, each with the separator behind it."""
+    every = roots | {str(Path(root).resolve()) for root in roots} | {str(Path.home())}
+    return [root.rstrip("/\\") + os.sep for root in sorted(every, key=len, reverse=True)]
 
 
 def workflow_metadata(prompt: object, extra: dict[str, object] | None) -> dict[str, str]:

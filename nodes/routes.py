@@ -216,7 +216,12 @@ async def _history(request: web.Request) -> web.Response:
     folder, since = _folder(request), request.query.get("since", "0")
     if not re.fullmatch(r"[0-9]{1,9}", since):
         raise web.HTTPBadRequest(text="since is a step, such as 100")
-    return await _json(lambda: _plain(runs.watch.history(folder, int(since))))
+
+    def answer() -> dict[str, object]:
+        history = runs.watch.history(folder, int(since))
+        return history | {"alarms": _plain(history["alarms"])}  # all else is numbers
+
+    return await _json(answer)
 
 
 async def _config(request: web.Request) -> web.Response:

@@ -183,8 +183,8 @@ def told(folder: Path, since: int | None, listed: int, moved: int) -> dict[str, 
                 "contrastive": five(event["held_out"]["contrastive"]),
                 "recall_at_1_text_to_image": five(event["recall_at_1_text_to_image"]),
                 "recall_at_1_image_to_text": None,
-                "penultimate": five(event["drift"]["penultimate"]["cosine"]),
-                "pooled": five(event["drift"]["pooled"]["cosine"]),
+                "recall_at_5_text_to_image": five(event["recall_at_5_text_to_image"]),
+                **{point: five(agreement["cosine"]) for point, agreement in event["drift"].items()},
                 "moved": {name: five(value) for name, value in event["moved"].items()},
             }
             measures.append(brief)
