@@ -145,6 +145,25 @@ def _state(run: str) -> dict[str, object]:
     return {name: host.without_folders(value) if isinstance(value, str) else value for name, value in seen.items()}
 
 
+class _Newest:
+    """The state of every run, looked up once for all who ask within `EVERY`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[str, object] = {}
+        self._until = 0.0
+
+    def __call__(self) -> dict[str, object]:
+        with self._lock:
+            if time.monotonic() >= self._until:
+                self._known = _every_state()
+                self._until = time.monotonic() + EVERY
+            return self._known
+
+
+_newest = _Newest()
+
+
 def _every_state() -> dict[str, object]:
     folder = host.runs_folder()
     names = [path.name for path in folder.iterdir() if _ID.fullmatch(path.name)] if folder.is_dir() else []
@@ -197,7 +216,7 @@ async def _body(request: web.Request, allowed: dict[str, type]) -> dict[str, obj
 
 
 async def _list(request: web.Request) -> web.Response:
-    return await _json(_every_state)
+    return await _json(_newest)
 
 
 async def _show(request: web.Request) -> web.Response:
@@ -273,7 +292,7 @@ async def _watch(request: web.Request) -> web.Response:
     if not _CLIENT.fullmatch(body["client"]):
         raise web.HTTPBadRequest(text="client is the id of a websocket")
     _announcer.lease(body["client"])
-    return await _json(_every_state)
+    return await _json(_newest)
 
 
 async def _file(request: web.Request) -> web.Response:
