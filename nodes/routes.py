@@ -146,18 +146,19 @@ def _state(run: str) -> dict[str, object]:
 
 
 class _Newest:
-    """The state of every run, looked up once for all who ask within `EVERY`."""
+    """The state of every run, looked up once for all who ask while it was being looked up for somebody else."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._known: dict[str, object] = {}
-        self._until = 0.0
+        self._began = 0.0
 
     def __call__(self) -> dict[str, object]:
+        asked = time.monotonic()
         with self._lock:
-            if time.monotonic() >= self._until:
+            if self._began < asked:  # what was looked up before may miss what this caller knows of
+                self._began = time.monotonic()
                 self._known = _every_state()
-                self._until = time.monotonic() + EVERY
             return self._known
 
 

@@ -53,7 +53,7 @@ def repair(options: argparse.Namespace) -> object:
     last: Event = {}
 
     def hear(event: Event) -> str | None:
-        if not last and (options.out / "run.json").exists():
+        if event["type"] in ("waiting", "join"):  # from here on the folder is this run's
             note_command(options.out, options.arguments)
         last.update(event)
         return tell(event)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import json
 import threading
@@ -174,11 +175,14 @@ class TinyModel(Node):
 
 
 class LoopLag(Node):
-    """The longest that the server's event loop stood still since the last call, in seconds."""
+    """The longest that the server's event loop stood still since the last call, in seconds: but for Python's garbage
+    collections, which stop the whole process and grow with all that ComfyUI has imported; and the longest of these."""
 
     OUTPUT_NODE = True
     beat: asyncio.Task | None = None
-    worst = 0.0
+    stalls: list[tuple[float, float]] = []  # begin and end
+    collections: list[tuple[float, float]] = []
+    began = 0.0
 
     @classmethod
     def IS_CHANGED(cls) -> float:
@@ -189,14 +193,29 @@ class LoopLag(Node):
         while True:
             before = time.monotonic()
             await asyncio.sleep(0.005)
-            cls.worst = max(cls.worst, time.monotonic() - before - 0.005)
+            cls.stalls.append((before, time.monotonic() - 0.005))
+
+    @classmethod
+    def collecting(cls, phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            cls.began = time.monotonic()
+        elif time.monotonic() - cls.began > 0.01:
+            cls.collections.append((cls.began, time.monotonic()))
+
+    @classmethod
+    def without_collections(cls, stall: tuple[float, float]) -> float:
+        shared = [min(stall[1], end) - max(stall[0], begin) for begin, end in cls.collections]
+        return stall[1] - stall[0] - sum(length for length in shared if length > 0)
 
     def run(self):
         cls = type(self)
         if cls.beat is None:
+            gc.callbacks.append(cls.collecting)
             cls.beat = asyncio.run_coroutine_threadsafe(cls.watch(), PromptServer.instance.loop)
-        worst, cls.worst = cls.worst, 0.0
-        return {"ui": {"text": [str(worst)]}}
+        worst = max(map(cls.without_collections, cls.stalls), default=0.0)
+        longest = max((end - begin for begin, end in cls.collections), default=0.0)
+        cls.stalls, cls.collections = [], []
+        return {"ui": {"text": [str(worst), str(longest)]}}
 
 
 class Dump(Node):
