@@ -519,7 +519,8 @@ def _measure(event: Event) -> dict[str, object]:
     """A measurement as plain numbers: losses of held-out pairs, recalls and ranks, cosines by read point."""
     drift = {point: _dict(values).get("cosine") for point, values in _dict(event.get("drift")).items()}
     retrieval = {name: value for name, value in event.items() if name.startswith(RETRIEVAL)}
-    numbers = dict.fromkeys(MEASURED) | _dict(event.get("held_out")) | retrieval | drift
+    losses, recalls = dict.fromkeys(MEASURED[:2]), dict.fromkeys(MEASURED[2:])
+    numbers = losses | _dict(event.get("held_out")) | recalls | retrieval | drift
     return {"step": event["step"]} | {name: _rounded([value])[0] for name, value in numbers.items()}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import os
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ def device_name(device: torch.device) -> str:
 
 
 def _folder(device: str) -> Path:
-    return Path(tempfile.gettempdir()) / f"gmp-{getpass.getuser()}" / device.replace(":", "-")
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()  # a container's user may have no name
+    return Path(tempfile.gettempdir()) / f"gmp-{user}" / device.replace(":", "-")
 
 
 @contextlib.contextmanager

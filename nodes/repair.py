@@ -295,8 +295,9 @@ class Repair(io.ComfyNode):
         runs.attach(handle, events, while_generating, prompt)
         if wait:
             runs.wait(handle, lambda event: runs.show_progress(event, progress))
-        done = runs.status_of(run).state == "finished"
-        words = runs.summary(handle.folder) if done else runs.overview(run)["text"]
+        now = runs.status_of(run)
+        words = "trains in the background" if now.at_work or now.state == "empty" else str(now)
+        words = runs.summary(handle.folder) if now.state == "finished" else words
         return routes.with_text(cls, f"run {run}\n{words}", handle)
 
 
