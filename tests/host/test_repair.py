@@ -24,6 +24,8 @@ from tests.host.graphs import demo, node
 from tests.host.repairs import LONG, events, fresh_run, only, steps, waiting
 
 PROMPT = "a small red circle left of a large blue square"
+
+
 def threads(host) -> list[str]:
     return host.run({"1": node("GmPTestThreads")}).outputs["1"]
 
