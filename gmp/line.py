@@ -10,14 +10,13 @@ import contextlib
 import getpass
 import os
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-_probing = threading.Lock()  # two who look at once must not take each other for the holder
+from .owner import is_held
 
 
 def device_name(device: torch.device) -> str:
@@ -108,24 +107,14 @@ def _run_of(folder: Path, number: int) -> Path | None:
 
 def _is_alive(folder: Path, number: int) -> bool:
     """Whether a place is held; one that is not is cleared away."""
-    if _is_held(folder, number):
+    lock = _path(folder, number, "lock")
+    if is_held(lock):
         return True
     with _still(folder):  # nobody takes a place now
-        if _is_held(folder, number):
+        if is_held(lock):
             return True
         _clear(folder, number)
     return False
-
-
-def _is_held(folder: Path, number: int) -> bool:
-    path = _path(folder, number, "lock")
-    if not path.exists():
-        return False
-    try:
-        with _probing, FileLock(path, timeout=0, thread_local=False):
-            return False
-    except Timeout:
-        return True
 
 
 def _numbers(folder: Path) -> list[int]:

@@ -71,7 +71,7 @@ def own(folder: Path, device: str) -> Iterator[None]:
 def owner(folder: Path) -> Owner | None:
     """The live owner of a folder, None if nobody is at work in it."""
     for _ in range(4):  # what holds the lock may be someone who looks, in another process
-        if not _is_held(folder):
+        if not is_held(folder / LOCK):
             return None
         mine = _read(folder)
         if mine is not None:
@@ -80,11 +80,12 @@ def owner(folder: Path) -> Owner | None:
     return None
 
 
-def _is_held(folder: Path) -> bool:
-    if not (folder / LOCK).exists():
+def is_held(lock: Path) -> bool:
+    """Whether anybody holds a lock. Who looks has it for a moment, so that another process may be told yes wrongly."""
+    if not lock.exists():
         return False
     try:
-        with _probing, FileLock(folder / LOCK, timeout=0, thread_local=False):
+        with _probing, FileLock(lock, timeout=0, thread_local=False):
             return False
     except Timeout:
         return True
