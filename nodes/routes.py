@@ -11,6 +11,7 @@ import asyncio
 import importlib.util
 import json
 import logging
+import math
 import re
 import threading
 import time
@@ -170,7 +171,8 @@ def _every_state() -> dict[str, object]:
     names = [path.name for path in folder.iterdir() if _ID.fullmatch(path.name)] if folder.is_dir() else []
     states = [_state(name) for name in names]
     shown = [state for state in states if state["state"] != "empty"]
-    return {"runs": sorted(shown, key=lambda state: (state["started"] or 0, state["run"]), reverse=True)}
+    # one that has recorded nothing yet is the newest
+    return {"runs": sorted(shown, key=lambda state: (state["started"] or math.inf, state["run"]), reverse=True)}
 
 
 def _plain(value: object) -> object:

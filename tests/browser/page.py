@@ -11,9 +11,9 @@ from pathlib import Path
 
 from browse import opened, show
 
-TEXT = """kind => window.app.graph._nodes.filter(node => node.type === kind)
-          .flatMap(node => node.widgets ?? []).filter(widget => widget.name.includes('text-preview'))
-          .map(widget => String(widget.value)).join('\\n')"""
+TEXT = """[...document.querySelectorAll('.gmp-widget')].filter(one => one.getClientRects().length)
+          .map(one => ['.gmp-state', '.gmp-detail'].map(part => one.querySelector(part).textContent).join(': '))
+          .join('\\n')"""
 HISTORY = "fetch('/history').then(answer => answer.json()).then(all => Object.keys(all).length)"
 
 
@@ -28,7 +28,7 @@ def main(port: str, workflow: str, canvas: str, pictures: str) -> None:
         queued = page.evaluate("window.app.queuePrompt(0, 1)")
         for _ in range(600):
             page.wait_for_timeout(100)
-            text = page.evaluate(TEXT, "GmPRepair")
+            text = page.evaluate(TEXT)
             if text and text not in texts:
                 texts.append(text)
                 if sum("step" in one for one in texts) == 5:
@@ -36,7 +36,7 @@ def main(port: str, workflow: str, canvas: str, pictures: str) -> None:
             if page.evaluate(HISTORY) > before:
                 break
         page.wait_for_timeout(500)
-        texts.append(page.evaluate(TEXT, "GmPRepair"))
+        texts.append(page.evaluate(TEXT))
         page.screenshot(path=f"{pictures}_finished.png")
     print(json.dumps({"queued": queued, "missing": missing, "texts": texts, "errors": errors}))
 

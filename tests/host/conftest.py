@@ -36,12 +36,14 @@ class Host:
         (base / "custom_nodes" / PACK).symlink_to(ROOT, target_is_directory=True)
         (base / "custom_nodes" / "gmp-test-nodes").symlink_to(Path(__file__).parent / "pack", target_is_directory=True)
 
-    def start(self) -> None:
+    def start(self, port: int | None = None, frontend: Path | None = None) -> None:
+        """port: where it was before a restart; any free one without. frontend: the page, instead of the pinned one."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+            self.port = port or free.getsockname()[1]
         command = [PYTHON, "main.py", "--cpu", "--port", str(self.port), "--listen", "127.0.0.1"]
         command += ["--base-directory", self.base, "--database-url", "sqlite:///:memory:"]
+        command += ["--front-end-root", frontend] if frontend else []
         (self.base / "temporary").mkdir(exist_ok=True)  # runs of other programs are not waited for
         environment = os.environ | {"TMPDIR": str(self.base / "temporary")}
         with self.log.open("ab") as log:

@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
 
-import { beforeAndAfter, facts, leaves, pace, progress, state } from "../../web/js/run_words.js";
+import { beforeAndAfter, facts, leaves, pace, progress, sentence, settings, state } from "../../web/js/run_words.js";
 import { runOf, sparkline } from "../../web/js/run_widget.js";
 import { strings } from "../../web/js/strings.js";
 import { toasts } from "../../web/js/toasts.js";
@@ -32,7 +32,7 @@ test("a paused run says why", () => {
   assert.equal(state(run({ state: "paused", why: null }), t), "Paused");
 });
 
-test("pace and facts have what is known, and a run that has ended has no time left", () => {
+test("pace and facts have what is known, and a run that holds or has ended has no time left", () => {
   const one = run({ eta: 3661, pairs_per_second: 412.4, memory: 6.3e9, loss: 1.5, recall: 0.5, epoch: 2, epochs: 5 });
   assert.equal(pace(one, t, "en"), "1h 1m left · 412 pairs/s");
   const known = Object.fromEntries(facts(one, t, "en"));
@@ -44,12 +44,25 @@ test("pace and facts have what is known, and a run that has ended has no time le
     "Time left": "1h 1m",
     Memory: "6.3 GB",
   });
+  const held = { ...one, state: "paused" };
+  assert.equal(pace(held, t, "en"), "");
+  assert.deepEqual(
+    facts(held, t, "en").map(([name]) => name),
+    ["Loss", "Recall@1", "Epoch", "Memory"],
+  );
   const ended = { ...one, state: "finished" };
   assert.equal(pace(ended, t, "en"), "");
   assert.deepEqual(
     facts(ended, t, "en").map(([name]) => name),
     ["Loss", "Recall@1", "Epoch"],
   );
+});
+
+test("a run's line is the server's in English, and made of what is known in other languages", () => {
+  const one = run({ step: 3, steps: 12, eta: 60, text: "step 3 of 12 · loss 0.5 · 1 min left" });
+  assert.equal(sentence(one, t, "en"), one.text);
+  assert.equal(sentence(one, t, "fr"), "step 3 of 12 · 1min left");
+  assert.equal(sentence(run({ state: "failed", error: "no room", text: "failed: no room" }), t, "fr"), "no room");
 });
 
 test("before and after are side by side, in shares and numbers", () => {
@@ -162,4 +175,28 @@ test("an alarm is told with the newest advice for this run, after the general on
 test("queueing again is done and told", async () => {
   const seen = await told({ type: "again", run: run({ state: "finished" }) });
   assert.deepEqual([seen[0], seen[1][1]], ["queued", "Queued again"]);
+});
+
+test("what a run was started with is short: nothing that is not set, a row for each part that was lent", () => {
+  const digest = "0123456789abcdef".repeat(4);
+  const names = ["ln_final.weight", "ln_final.bias"];
+  const tensors = [{ name: "text tower", tensors: 2, source: "te.safetensors", reason: "the encoder to repair", names }];
+  const answer = {
+    config: { epochs: 3, lr: null, anchors: [{ teacher: "original", weight: 0.3 }] },
+    inputs: { text: { sha256: digest, width: 64 }, dataset: digest },
+    join: { tensors: { tensors, sources: { text: { sha256: digest } } } },
+    dataset: { listed: 256, missing: [], "held-out pictures": 13 },
+  };
+  assert.deepEqual(settings(answer), [
+    ["epochs", "3"],
+    ["anchors.0.teacher", "original"],
+    ["anchors.0.weight", "0.3"],
+    ["text.sha256", "0123456789abcdef…"],
+    ["text.width", "64"],
+    ["dataset", "0123456789abcdef…"],
+    ["text tower", "te.safetensors (the encoder to repair)"],
+    ["dataset.listed", "256"],
+    ["dataset.held-out pictures", "13"],
+  ]);
+  assert.deepEqual(settings({ config: {}, inputs: {}, join: { tensors: null }, dataset: {} }), []);
 });

@@ -389,13 +389,19 @@ test("a command that is refused is not pending, and its sentence is passed on", 
   assert.equal(store.asked(A, "pause"), false);
 });
 
-test("a discarded run leaves when the server no longer lists it", async () => {
-  const { store, seen, time } = page({ replies: { command: () => [202, run(A, "running")] } });
+test("a discarded run leaves when the server no longer lists it, and is not asked for meanwhile", async () => {
+  const { store, seen, time, count } = page({ replies: { command: () => [202, run(A, "running")] } });
   seen.runs = [run(A, "running")];
   await store.watch();
+  store.show({}, () => A, true);
+  await settle();
   await store.command(A, "discard");
   assert.equal(store.asked(A, "discard"), true);
+  const asked = count("history");
   await settle();
+  seen.runs = [];
+  await time.pass(1000);
+  assert.equal(count("history"), asked);
   seen.runs = [];
   await time.pass(1000);
   assert.equal(store.runs.size, 0);

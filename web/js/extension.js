@@ -135,7 +135,7 @@ function runWidget(node) {
 
 app.registerExtension({
   name: "text-encoder-repair",
-  settings: SETTINGS,
+  settings: SETTINGS.map((one) => ({ ...one, onChange: () => store.wake() })), // what is shown follows at once
   commands: [
     { id: "GmP.Panel.Open", label: "GmP: open the repair panel", icon: "pi pi-chart-line", function: openSidebar },
   ],
@@ -179,7 +179,7 @@ api.addEventListener("graphChanged", () => {
 });
 
 api.addEventListener("gmp.runs", ({ detail }) => store.hear(detail.runs));
-api.addEventListener("reconnected", () => store.wake());
+for (const change of ["reconnecting", "reconnected"]) api.addEventListener(change, () => store.wake());
 document.addEventListener("visibilitychange", () => {
   if (!document.hidden) store.wake();
 });

@@ -61,6 +61,7 @@ function frame({ t, language, colours }) {
     margin: { l: 52, r: 14, t: 6, b: 34 },
     xaxis: {
       title: { text: t("chart.step"), standoff: 4 },
+      ticklabelstandoff: 5, // off the lowest number of an axis at the right
       gridcolor: colours.grid,
       zeroline: false,
       automargin: true,
@@ -114,7 +115,7 @@ function loss(history, look) {
     columns.push({ head: t("chart.lowest"), at, values: low }, { head: t("chart.highest"), at, values: high });
   }
   if (raw.length) {
-    const faint = look.smoothing > 0 ? { opacity: 0.4, line: { color: COLOURS[0], width: 1 } } : {};
+    const faint = look.smoothing > 0 ? { opacity: 0.6, line: { color: COLOURS[0], width: 1 } } : {};
     data.push(line(t("chart.loss"), at, raw, COLOURS[0], faint));
     if (look.smoothing > 0) {
       data.push(line(t("chart.smoothed"), at, smoothed, COLOURS[0], { line: { color: COLOURS[0], width: 2 } }));

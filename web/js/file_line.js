@@ -2,6 +2,7 @@
 // The line on a node that tells what the chosen file is. It is shown only: neither saved nor queued.
 
 import { newest, NOTHING } from "./lookup.js";
+import { after, takePlace } from "./nodes.js";
 
 const HEIGHT = 77; // three lines, and the margin that the classic canvas leaves; longer ones scroll
 
@@ -85,24 +86,4 @@ function show(box, answer) {
   box.textContent = answer ? answer.sentence : "";
   box.title = answer ? answer.lines.join("\n") : "";
   box.style.borderLeftColor = `var(${!answer || answer.fits ? "--border-color" : "--error-text"})`;
-}
-
-/**
- * Nodes 2.0 puts an element into the page once: when an undo makes the node again, that of the old node stays there.
- *
- * @param {any} node @param {HTMLElement} element
- */
-function takePlace(node, element) {
-  const there = document.querySelector(`[data-node-id="${node.id}"] .${element.className}`);
-  if (there && there !== element) there.replaceWith(element);
-}
-
-/** Calls `extra` after a method that other extensions may have set too. */
-function after(object, name, extra) {
-  const before = object[name];
-  object[name] = function (...args) {
-    const result = before?.apply(this, args);
-    extra();
-    return result;
-  };
 }

@@ -94,11 +94,8 @@ export function runActions({ store, t, fetch, client, graph, toast, confirm, ope
       node.setDirtyCanvas?.(true, true);
     }
     changed();
-    toast(
-      "success",
-      t("use.done"),
-      t("use.done_detail", { which: which === "step" ? step : t(`use.${which}`), count: found.length }),
-    );
+    const chosen = which === "step" ? t("run.step", { step }) : t(`use.${which}`);
+    toast("success", t("use.done"), t("use.done_detail", { which: chosen, count: found.length }));
   }
 
   return { command, use, report: (/** @type {string} */ id) => open(`/gmp/runs/${id}/report`) };

@@ -3,7 +3,7 @@
 
 import { choice, options } from "./chart_pane.js";
 import { attribute, el, icon, keyed, table, write } from "./dom.js";
-import { beforeAndAfter, facts, leaves, progress, state } from "./run_words.js";
+import { beforeAndAfter, facts, progress, sentence, settings, state } from "./run_words.js";
 import { alive } from "./server.js";
 
 /** Commands and their icons, in the order of the buttons. */
@@ -75,7 +75,7 @@ export function runView(page) {
   const { t, store } = page;
   const chosen = () => store.chosen;
   const title = el("h3", { class: "gmp-title" });
-  const sentence = el("p", { class: "gmp-sentence" });
+  const words = el("p", { class: "gmp-sentence" });
   const bar = progressBar(t("run.progress"));
   const numbers = el("dl", { class: "gmp-facts" });
   const fillNumbers = keyed(numbers, ([name]) => name, fact);
@@ -105,12 +105,12 @@ export function runView(page) {
     (one) => `${one.alarm} ${one.raised}`,
     (one) => alarm(one, page),
   );
-  const parts = [checkpoints(page), measured(page), settings(page)];
+  const parts = [checkpoints(page), measured(page), startedWith(page)];
   const switches = el("div", { class: "gmp-switches" }, offload.element, again.element);
   const element = el(
     "section",
     { class: "gmp-run", "aria-label": t("run.title") },
-    ...[title, sentence, bar.element, group, switches, alarms, numbers],
+    ...[title, words, bar.element, group, switches, alarms, numbers],
   );
   const more = el("div", { class: "gmp-more" }, ...parts.map((one) => one.element));
 
@@ -121,8 +121,8 @@ export function runView(page) {
     const language = page.language();
     const { share, text } = progress(run, t, language);
     write(title, t("run.name", { run: run.run, state: state(run, t) }));
-    write(sentence, run.error && run.state === "failed" ? run.error : run.text || text);
-    attribute(sentence, "data-state", run.state);
+    write(words, sentence(run, t, language));
+    attribute(words, "data-state", run.state);
     bar.update(share, text, run.state);
     fillNumbers(facts(run, t, language));
     for (const one of buttons) one.update();
@@ -234,7 +234,7 @@ function measured({ t, store, language }) {
 }
 
 /** @param {import("./panel.js").Page} page */
-function settings({ t, store }) {
+function startedWith({ t, store }) {
   const body = el("div", { class: "gmp-scroll" });
   const load = () => element.open && store.chosen && store.records.config(store.chosen);
   const element = el(
@@ -250,7 +250,7 @@ function settings({ t, store }) {
     const config = store.records.configs.get(run.run);
     if (config === shown) return;
     shown = config;
-    const rows = config ? Object.entries(leaves(config)).map(([name, value]) => [name, String(value)]) : [];
+    const rows = config ? settings(config) : [];
     body.replaceChildren(table(t("config.title"), [t("config.name"), t("config.value")], rows));
   }
   return { element, update };

@@ -2,8 +2,9 @@
 // The run on a GmP Repair node, live. It is shown only: neither saved nor queued.
 
 import { attribute, el, icon, write } from "./dom.js";
+import { after, takePlace } from "./nodes.js";
 import { commandButton, progressBar } from "./run_view.js";
-import { ICONS, pace, progress, state } from "./run_words.js";
+import { ICONS, pace, progress, sentence, state } from "./run_words.js";
 import { smooth } from "./series.js";
 
 const HEIGHT = 160;
@@ -95,7 +96,7 @@ export function addRunWidget(node, page, graph) {
     write(word, one ? state(one, t) : t(run() && store.loaded ? "widget.gone" : "widget.none"));
     const alarms = (one?.alarms ?? []).map((name) => t(`alarms.${name}`));
     write(detail, one ? [...alarms, text, pace(one, t, language)].filter(Boolean).join(" · ") : "");
-    detail.title = one?.text ?? "";
+    detail.title = one ? sentence(one, t, language) : "";
     bar.update(share, text, one?.state ?? "empty");
     draw();
     for (const button of buttons) button.update();
@@ -164,20 +165,4 @@ export function addRunWidget(node, page, graph) {
   });
   update();
   return { find };
-}
-
-/** @param {any} node @param {HTMLElement} element Nodes 2.0 keeps the old node's element in the page after an undo */
-function takePlace(node, element) {
-  const there = document.querySelector(`[data-node-id="${node.id}"] .${element.className}`);
-  if (there && there !== element) there.replaceWith(element);
-}
-
-/** Calls `extra` after a method that other extensions may have set too. */
-function after(object, name, extra) {
-  const before = object[name];
-  object[name] = function (...args) {
-    const result = before?.apply(this, args);
-    extra(...args);
-    return result;
-  };
 }

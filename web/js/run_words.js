@@ -45,13 +45,24 @@ export function state(run, t) {
   return run.state === "paused" && run.why ? t("run.because", { state: name, why: t(`why.${run.why}`) }) : name;
 }
 
-/** Pairs a second and the time that is left. @param {Run} run @param {Translate} t @param {string} language */
+/** Pairs a second and the time that is left, of a run that trains. @param {Run} run @param {Translate} t @param {string} language */
 export function pace(run, t, language) {
-  if (!alive(run)) return "";
+  if (run.state !== "running") return "";
   const parts = [];
   if (run.eta !== null && run.eta !== undefined) parts.push(t("run.left", { time: duration(run.eta, language) }));
   if (run.pairs_per_second) parts.push(t("run.rate", { rate: number(run.pairs_per_second, language, 3) }));
   return parts.join(" · ");
+}
+
+/**
+ * A run in one line: the server's, which is English, or what is known of it.
+ *
+ * @param {Run} run @param {Translate} t @param {string} language
+ */
+export function sentence(run, t, language) {
+  if (run.state === "failed" && run.error) return run.error;
+  if (run.text && language.startsWith("en")) return run.text;
+  return [progress(run, t, language).text, pace(run, t, language)].filter(Boolean).join(" · ");
 }
 
 /**
@@ -70,8 +81,8 @@ export function facts(run, t, language) {
     ["loss", number(run.loss, language)],
     ["recall", percent(run.recall, language)],
     ["epoch", epoch],
-    ["rate", alive(run) ? rate : ""],
-    ["eta", alive(run) ? duration(run.eta, language) : ""],
+    ["rate", run.state === "running" ? rate : ""],
+    ["eta", run.state === "running" ? duration(run.eta, language) : ""],
     ["memory", alive(run) ? bytes(run.memory, language) : ""],
     ["device", run.device ?? ""],
     ["started", started],
@@ -115,6 +126,21 @@ function measureName(name, t) {
   const part = /^(?:held_out\.)?(loss|contrastive|\w+:\w+=.*)$/.exec(name)?.[1];
   if (part) return part === "loss" ? t("measured.loss") : t("measured.part", { part });
   return null;
+}
+
+/**
+ * What a run was started with: settings, identity of the inputs, what lent it tensors, what the data set holds.
+ *
+ * @param {any} answer of `GET /gmp/runs/{id}/config`
+ * @returns {string[][]} names and values, without those that are not set; digests are cut short
+ */
+export function settings({ config, inputs, join, dataset }) {
+  const lent = (join?.tensors?.tensors ?? []).map((part) => [part.name, `${part.source} (${part.reason})`]);
+  const all = [leaves(config ?? {}), leaves(inputs ?? {}), Object.fromEntries(lent), leaves(dataset ?? {}, "dataset")];
+  return all
+    .flatMap((part) => Object.entries(part))
+    .filter(([, value]) => value !== null && value !== "")
+    .map(([name, value]) => [name, String(value).replace(/^([0-9a-f]{16})[0-9a-f]{48}$/, "$1…")]);
 }
 
 /**

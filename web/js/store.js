@@ -238,7 +238,7 @@ export class Store {
     for (const { run, whole } of this.#views.values()) shown.set(run(), whole || shown.get(run()));
     for (const [id, whole] of shown) {
       const run = this.runs.get(id);
-      if (run) this.records.pull(run, whole);
+      if (run && !this.asked(id, "discard")) this.records.pull(run, whole); // it may be gone at any moment
     }
   }
 

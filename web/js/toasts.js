@@ -1,6 +1,8 @@
 // @ts-check
 // What is told when a run ends or raises an alarm. No DOM, no ComfyUI.
 
+import { sentence } from "./run_words.js";
+
 const SEVERITY = { finished: "success", failed: "error", interrupted: "warn" };
 
 /**
@@ -30,7 +32,7 @@ export function toasts({ t, language, toast, details, queue }) {
       toast("info", t("toast.again"), t("toast.again_detail", { run: run.run }));
     } else {
       const summary = t(`toast.${run.state}`, { run: run.run });
-      toast(SEVERITY[run.state], summary, (run.state === "failed" && run.error) || run.text || "");
+      toast(SEVERITY[run.state], summary, sentence(run, t, language()));
     }
   };
 }

@@ -1,0 +1,22 @@
+// @ts-check
+// What every widget of ours needs of a node that other extensions, undo and Nodes 2.0 work on too.
+
+/** Calls `extra` after a method that other extensions may have set too. */
+export function after(object, name, extra) {
+  const before = object[name];
+  object[name] = function (...args) {
+    const result = before?.apply(this, args);
+    extra(...args);
+    return result;
+  };
+}
+
+/**
+ * Nodes 2.0 puts an element into the page once: when an undo makes the node again, that of the old node stays there.
+ *
+ * @param {any} node @param {HTMLElement} element
+ */
+export function takePlace(node, element) {
+  const there = document.querySelector(`[data-node-id="${node.id}"] .${element.className}`);
+  if (there && there !== element) there.replaceWith(element);
+}
