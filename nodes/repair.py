@@ -292,12 +292,14 @@ class Repair(io.ComfyNode):
             shape = CLIPConfig(text.config, gmp_clip.vision.config)
             host.make_room(estimate(shape, config, computed, device).total)
         prompt = _ancestors(cls.hidden.prompt, cls.hidden.unique_id)
-        runs.attach(handle, events, while_generating, prompt)
+        worker = runs.attach(handle, events, while_generating, prompt)
         if wait:
             runs.wait(handle, lambda event: runs.show_progress(event, progress))
-        now = runs.status_of(run)
-        words = "trains in the background" if now.at_work or now.state == "empty" else str(now)
-        words = runs.summary(handle.folder) if now.state == "finished" else words
+        if worker is not None and worker.alive:  # the widget on the node tells how far it is
+            words = "trains in the background"
+        else:
+            now = runs.status_of(run)
+            words = runs.summary(handle.folder) if now.state == "finished" else str(now)
         return routes.with_text(cls, f"run {run}\n{words}", handle)
 
 
