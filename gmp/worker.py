@@ -20,7 +20,10 @@ class Worker:
     def __init__(
         self, events: Callable[[Callable[[], bool]], Iterator[Event]], folder: Path, listen: Callable[[Event], None]
     ):
-        """`events` takes the stop function and gives the generator; `listen` hears every event, in the thread."""
+        """`events` takes the stop function and gives the generator; `listen` hears every event, in the thread.
+
+        The last one that it hears is `failed`, or `ended`: the run's folder is then free.
+        """
         self.folder = folder
         self.latest: Event = {"type": "queued"}
         self.error: Exception | None = None
@@ -57,6 +60,7 @@ class Worker:
             events, self._events = self._events, None  # what the run holds is freed when it is through
             for event in events(self._stop.is_set):
                 self._hear(event)
+            self._tell({"type": "ended"})
         except Exception as error:  # the thread's last stand; the run's folder tells more
             traceback.clear_frames(error.__traceback__)  # their variables hold the model, on the card even
             self.error = error.with_traceback(None)
@@ -64,9 +68,12 @@ class Worker:
 
     def _hear(self, event: Event) -> None:
         self.latest = event
+        self._tell(event)
+        with self._changed:
+            self._changed.notify_all()
+
+    def _tell(self, event: Event) -> None:
         try:
             self._listen(event)
         except Exception:  # whoever listens must not end the training
             log.exception("a listener of run %s failed", self.folder.name)
-        with self._changed:
-            self._changed.notify_all()

@@ -101,11 +101,14 @@ class _Announcer:
             if not self._leases:
                 return
             self._changed.setdefault(run)
-            if not self._waiting:
-                self._waiting = True
-                timer = threading.Timer(max(0.0, self._last + EVERY - time.monotonic()), self._tell)
-                timer.daemon = True
-                timer.start()
+            self._tell_soon()
+
+    def _tell_soon(self) -> None:
+        if not self._waiting:
+            self._waiting = True
+            timer = threading.Timer(max(0.0, self._last + EVERY - time.monotonic()), self._tell)
+            timer.daemon = True
+            timer.start()
 
     def lease(self, client: str) -> None:
         """Whoever has it hears events for `LEASE` seconds."""
@@ -125,6 +128,7 @@ class _Announcer:
             if size > LARGEST and told:
                 with self._lock:  # the others come next time, first
                     self._changed = dict.fromkeys([*changed[position:], *self._changed])
+                    self._tell_soon()
                 break
             told.append(state)
         try:

@@ -666,6 +666,14 @@ def test_a_worker_finishes(start, whole, tmp_path):
     assert_same(tmp_path / "run", whole["text"][0])
 
 
+def test_who_listens_is_told_when_the_folder_is_free(start, tmp_path):
+    folder, seen = tmp_path / "run", []
+    worker = Worker(lambda stop: start(folder, stop=stop), folder, lambda e: seen.append((e["type"], status(folder))))
+    worker.start()
+    finish(worker)
+    assert seen[-1] == ("ended", Status("finished", 6)) and seen[-2][0] == "done" and seen[-2][1].at_work
+
+
 def test_a_worker_stops_and_the_run_goes_on_later(start, whole, tmp_path):
     folder = tmp_path / "run"
     worker = Worker(lambda stop: start(folder, stop=stop), folder, lambda e: e["type"] == "step" and worker.stop())
