@@ -295,12 +295,11 @@ class Repair(io.ComfyNode):
         worker = runs.attach(handle, events, while_generating, prompt)
         if wait:
             runs.wait(handle, lambda event: runs.show_progress(event, progress))
-        if worker is not None and worker.alive:  # the widget on the node tells how far it is
-            words = "trains in the background"
-        else:
+        words = [f"run {run}"]
+        if worker is None or not worker.alive:  # how far a run at work is, the widget on the node tells
             now = runs.status_of(run)
-            words = runs.summary(handle.folder) if now.state == "finished" else str(now)
-        return routes.with_text(cls, f"run {run}\n{words}", handle)
+            words.append(runs.summary(handle.folder) if now.state == "finished" else str(now))
+        return routes.with_text(cls, "\n".join(words), handle)
 
 
 def _ancestors(prompt: dict[str, dict], node: str) -> dict[str, dict]:

@@ -138,8 +138,10 @@ def send(run: str, command: str, offload: bool) -> None:
     if command == "discard" and not status(folder).at_work:
         delete(folder)
         watch.forget(folder)
-        return
-    control.send(folder, command, offload)
+    elif command == "stop" and (mine := at_work(run)) is not None:
+        mine.stop()  # who queues it again meanwhile is to wait for it
+    else:
+        control.send(folder, command, offload)
 
 
 def _failure(worker: Worker) -> InputError:
