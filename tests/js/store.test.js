@@ -251,6 +251,22 @@ test("the websocket's word counts, even when an older answer comes after it", as
   assert.deepEqual([store.runs.get(A).state, store.runs.get(B).state], ["finished", "waiting"]);
 });
 
+test("a run of which the websocket says that nothing is left is forgotten, and not asked for", async () => {
+  const { store, seen, time } = page();
+  seen.runs = [run(A, "running")];
+  store.wake();
+  await settle();
+  const view = {};
+  store.show(view, () => A);
+  await settle();
+  seen.runs = [];
+  store.hear([run(A, "empty")]);
+  const before = seen.asked.length;
+  await time.pass(5000);
+  assert.equal(store.runs.size, 0);
+  assert.deepEqual(seen.asked.slice(before).filter((path) => path.includes(A)), []);
+});
+
 test("the end of a run is told once, and never of one that had ended before", async () => {
   const { store, seen } = page();
   seen.runs = [run(A, "running"), run(B, "finished")];

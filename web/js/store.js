@@ -142,7 +142,8 @@ export class Store {
   hear(runs) {
     for (const run of runs) {
       this.#heard.set(run.run, this.#page.clock.now());
-      this.#take(run, this.runs.get(run.run));
+      if (run.state === "empty") this.#remove(run.run); // it was discarded
+      else this.#take(run, this.runs.get(run.run));
     }
     this.#changed();
     this.#plan();
