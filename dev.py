@@ -75,7 +75,8 @@ def check_javascript() -> int:
 
 
 def test(arguments: list[str]) -> int:
-    return lint() or check_javascript() or run(PYTHON, "-m", "pytest", *arguments)
+    """Engine tests in two processes; `-n 0` as a further argument makes it one."""
+    return lint() or check_javascript() or run(PYTHON, "-m", "pytest", "-n", "2", "--dist", "loadgroup", *arguments)
 
 
 def main() -> int:

@@ -259,7 +259,7 @@ def _add_writing(parser: argparse.ArgumentParser, dtypes: tuple[str, ...], dtype
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    from .config import PRECISIONS, TRAIN, RepairConfig
+    from .config import BEST_BY, PRECISIONS, TRAIN, RepairConfig
     from .optim import SCHEDULES
 
     default = RepairConfig()
@@ -275,6 +275,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "clip_norm": (float, "of all gradients together; 0 is off"),
         "anchor_captions": (int, "per step, at the full context length"),
         "held_out": (float, "share of the pictures that is measured and not trained on"),
+        "measure_every": (int, "steps; an epoch's end is always measured"),
+        "patience": (int, "measurements without a better one after which the run ends early; 0 is off"),
         "save_every": (int, "steps; an epoch's end is always saved"),
         "keep": (int, "newest checkpoints that are kept"),
         "seed": (int, "of order and captions"),
@@ -282,6 +284,13 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     for name, (kind, text) in numbers.items():
         value = getattr(default, name)
         parser.add_argument("--" + name.replace("_", "-"), type=kind, default=value, help=f"{text} ({value})")
+    parser.add_argument(
+        "--best-by",
+        choices=BEST_BY,
+        default=default.best_by,
+        help="what the best encoder on held-out pictures has the most of: the trained objective (default), recall, or "
+        "cosine to the original at a read point; each of the last ones alone is blind to the other",
+    )
     parser.add_argument("--lr", type=float, help="learning rate (1e-3 · (64 / text width)²: 7e-6 for clip_l)")
     parser.add_argument(
         "--rate", action="append", metavar="PATTERN=FACTOR", help="factor on the rate of parameters by name; 0 freezes"

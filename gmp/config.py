@@ -13,7 +13,9 @@ from .optim import SCHEDULES
 TRAIN = ("text", "both")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 TEACHERS = ("original", "broken")
-VERSION = 1
+# the trained objective on held-out pairs; recall@1, mean of both directions; cosine to the original at a read point
+BEST_BY = ("objective", "recall", *READ_POINTS)
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ class RepairConfig:
     precision: str = "auto"  # bf16 where the GPU has it, else fp16; fp32 on the CPU
     held_out: float = 0.05  # share of the pictures that is measured and not trained on
     held_out_most: int = 1000
+    measure_every: int = 0  # steps; an epoch's end is always measured
+    best_by: str = "objective"  # what the best encoder is chosen by: one of BEST_BY
+    patience: int = 0  # measurements without a better one after which a run ends early; 0 is off
     save_every: int = 200  # steps; an epoch's end is always saved
     keep: int = 3  # checkpoints
     seed: int = 0
@@ -112,7 +117,7 @@ def default_lr(text_width: int) -> float:
 
 
 def _problems(config: RepairConfig) -> list[str]:
-    choices = {"train": TRAIN, "schedule": SCHEDULES, "precision": PRECISIONS}
+    choices = {"train": TRAIN, "schedule": SCHEDULES, "precision": PRECISIONS, "best_by": BEST_BY}
     problems = [
         f"{name} is {getattr(config, name)!r}, not one of {', '.join(allowed)}"
         for name, allowed in choices.items()
@@ -120,7 +125,7 @@ def _problems(config: RepairConfig) -> list[str]:
     ]
     least = {
         "epochs": 1, "batch": 2, "accumulate": 1, "anchor_captions": 1, "held_out_most": 1, "save_every": 1, "keep": 1,
-        "seed": 0, "weight_decay": 0, "clip_norm": 0,
+        "seed": 0, "measure_every": 0, "patience": 0, "weight_decay": 0, "clip_norm": 0,
     }  # fmt: skip
     problems += [
         f"{n} is {getattr(config, n)}, less than {low}" for n, low in least.items() if not getattr(config, n) >= low
@@ -128,6 +133,8 @@ def _problems(config: RepairConfig) -> list[str]:
     for name, high in {"warmup": 1, "smoothing": 1, "held_out": 0.9}.items():
         if not 0 <= getattr(config, name) < high:
             problems.append(f"{name} is {getattr(config, name)}, not in 0..{high}")
+    if config.patience and not config.held_out:
+        problems.append(f"patience is {config.patience} and no pictures are held out to measure; raise held_out")
     if config.lr is not None and not 0 < config.lr < 1:
         problems.append(f"lr is {config.lr}, not between 0 and 1")
     if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):

@@ -10,7 +10,7 @@ exports, and does what it is asked meanwhile (`control`). The same inputs and se
     events.jsonl        everything that happened, one event per line (`telemetry`)
     history.npz         the same, condensed; may be deleted
     checkpoints/        weights, optimizer and state of the newest steps
-    best_text_encoder.safetensors   lowest loss on held-out pairs
+    best_text_encoder.safetensors   the best on held-out pairs, by `RepairConfig.best_by`
     text_encoder.safetensors        the result: the newest step
     result.json, loss.png
     failure.txt         why the run has ended, if it failed
@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import __version__, checkpoint, line, memory, telemetry
+from . import READ_POINTS, __version__, checkpoint, line, memory, telemetry
 from .clip import CLIP, TextTower
 from .config import RepairConfig
 from .control import BOX, Control
@@ -415,14 +415,18 @@ def _held_out(pictures: int, config: RepairConfig) -> int:
 
 
 def check_anchors(text: TowerFile, vision: TowerFile, original: TowerFile | None, config: RepairConfig) -> None:
-    """Raises InputError for an anchor to an original that is not there, or that has another shape."""
-    if not any(anchor.teacher == "original" for anchor in config.anchors):
+    """Raises InputError where anchors, or the choice of the best, need an original that is not there or not alike."""
+    needs = {"anchored": "the anchors to none"} if any(a.teacher == "original" for a in config.anchors) else {}
+    needs |= {f"judged by {config.best_by}": "best_by to objective"} if config.best_by in READ_POINTS else {}
+    if not needs:
         return
-    advice = "give the full original CLIP as the vision file, or set the anchors to none"
+    what, advice = " or ".join(needs), "give the full original CLIP as the vision file, or set " + " and ".join(
+        needs.values()
+    )
     if original is None:
-        raise InputError(f"{vision.source.path} has no text tower to anchor to; {advice}")
+        raise InputError(f"The repair cannot be {what}: {vision.source.path} has no text tower; {advice}")
     if difference := unlike(text, original):
-        raise InputError(f"The repair cannot be anchored: {difference}; {advice}")
+        raise InputError(f"The repair cannot be {what}: {difference}; {advice}")
 
 
 def _teachers(inputs: Inputs, joined: Joined, config: RepairConfig) -> dict[str, TextTower]:
@@ -453,7 +457,8 @@ def _data(
         index = index.without(broken)
     else:
         index = yield from check_pictures(index)
-    train_index, held_index = split(index, _held_out(len(index), config), config.seed)
+    contents = dict(zip((picture.path for picture in inputs.index.pictures), keys, strict=True))
+    train_index, held_index = split(index, contents, _held_out(len(index), config))
     train_tokens = inputs.tokenize(train_index.captions())
     held_tokens = inputs.tokenize(held_index.captions())
     report = asdict(index.report) | {

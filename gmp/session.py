@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -83,7 +84,8 @@ class Session:
         self.training, self.scene, self.config, self.folder = training, scene, config, folder
         self.device, self.control = device, control
         self.alarms = Alarms(patience=3 if precision == "fp16" else 1)
-        self.best: dict[str, float] | None = None  # step 0: no step was better than the start
+        self.best: dict[str, object] | None = None  # step 0: no step was better than the start
+        self._waited = 0  # measurements since the best one, those that were asked for by hand not counted
         self._saved: int | None = None
         self._actions = {"measure": self.measure, "save": self.save}
 
@@ -91,17 +93,20 @@ class Session:
         """Steps to the end, or until it is asked to end; the last event is `done`, `stopped` or `discarded`."""
         yield from self._begin()
         training, config, control = self.training, self.config, self.control
+        if self._exhausted():  # the process ended between the decision and the result
+            yield from self._finish()
+            return
         for event in train(training, self.scene.pairs, self.scene.teachers, config, self.device):
             yield event
             yield from self.alarms.hear(event)
             if event["type"] != "step":
                 continue
             end_of_epoch = training.step % training.sampler.batches_per_epoch == 0
-            if end_of_epoch:
-                yield from self.measure()
-            if end_of_epoch or training.step % config.save_every == 0:
+            if end_of_epoch or (config.measure_every and training.step % config.measure_every == 0):
+                yield from self._measure_in_turn()
+            if end_of_epoch or training.step % config.save_every == 0 or self._exhausted():
                 yield from self.save()
-            if training.step == training.total_steps:
+            if training.step == training.total_steps or self._exhausted():
                 break
             for told in control.obey(training.step, self._actions, self._offload):
                 yield told
@@ -126,14 +131,24 @@ class Session:
         first = first_captions(held.index.caption_counts)
         losses = held_out_loss(training.clip, features, held.ids[first], self.scene.teachers, self.config)
         values = measure_tower(training.clip, features, held.ids, held.index.owners(), self.scene.reference)
-        if self.best is None:
-            self.best = {"step": training.step, "loss": min(losses["loss"], sys.float_info.max)}
-        elif losses["loss"] < self.best["loss"]:
-            self.best = {"step": training.step, "loss": losses["loss"]}
-            export_text(training.clip, self.folder / BEST, self._metadata())
+        worth = goodness(self.config.best_by, losses, values)
+        if self.best is None or worth > self.best["worth"]:
+            if self.best is not None:
+                export_text(training.clip, self.folder / BEST, self._metadata())
+            loss = min(losses["loss"], sys.float_info.max)
+            self.best = {"step": training.step, "by": self.config.best_by, "worth": worth, "loss": loss}
+            self._waited = 0
         event = {"type": "measure", "step": training.step, "held_out": losses} | values
         yield event | {"moved": moved(training.clip, self.scene.start)}
         yield from self.alarms.hear(event)
+
+    def _measure_in_turn(self) -> Iterator[Event]:
+        self._waited += 1
+        yield from self.measure()
+
+    def _exhausted(self) -> bool:
+        """Whether the run ends early: nothing has become better for `patience` measurements."""
+        return 0 < self.config.patience <= self._waited
 
     def save(self) -> Iterator[Event]:
         """A checkpoint, and a snapshot of the history beside it, so that long runs are opened quickly."""
@@ -143,7 +158,7 @@ class Session:
             training.step,
             training.clip,
             training.optimizer,
-            training.state() | {"best": self.best},
+            training.state() | {"best": self.best, "waited": self._waited},
             self.config.keep,
             self.scene.metadata,
         )
@@ -166,7 +181,7 @@ class Session:
             files = saved[-1].path("*")
             raise InputError(f"The newest checkpoint is damaged: {error}. Delete {files} to {older}") from None
         training.restore(state)
-        self.best = state["best"]
+        self.best, self._waited = state["best"], state["waited"]
         yield {"type": "resume", "step": training.step} | steps
         for event in _remembered(folder):
             self.alarms.hear(event)
@@ -180,6 +195,7 @@ class Session:
             write_clip(state, path, layout="openai", config=training.clip.config, metadata=metadata)
         result = {
             "steps": training.step,
+            "early": training.step < training.total_steps,  # by `patience`
             "skipped": training.skipped,
             "best": self.best,
             "measurements": [event for event in telemetry.read(folder, kinds=("measure",))],
@@ -197,7 +213,7 @@ class Session:
                 "advice": f"no loss picture: {error}",
                 "value": None,
             }
-        yield {"type": "done", "step": training.step, "resumed": False}
+        yield {"type": "done", "step": training.step, "resumed": False, "early": result["early"]}
 
     def _history(self) -> History:
         history = History.load(self.folder)
@@ -216,6 +232,17 @@ class Session:
         memory.move(towers, training.optimizer, torch.device("cpu") if away else self.device, locked)
         if away:
             memory.release(self.device)
+
+
+def goodness(by: str, losses: Mapping[str, float], values: Mapping[str, object]) -> float:
+    """What the best encoder has the most of, by one of `BEST_BY`; finite always, the least for NaN."""
+    if by == "objective":
+        worth = -losses["loss"]
+    elif by == "recall":
+        worth = (values["recall_at_1_text_to_image"] + values["recall_at_1_image_to_text"]) / 2
+    else:
+        worth = values["drift"][by]["cosine"]
+    return worth if math.isfinite(worth) else -sys.float_info.max
 
 
 def _remembered(folder: Path) -> list[Event]:

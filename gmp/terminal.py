@@ -69,6 +69,8 @@ def tell(event: Event) -> str | None:
         return f"paused at step {event['step']}"
     if kind == "resumed":
         return f"going on at step {event['step']}"
+    if kind == "done" and event.get("early"):
+        return f"ended early at step {event['step']}: no measurement was better for as long as patience allows"
     if kind == "out_of_memory":
         return f"step {event['step'] + 1} did not fit into memory; from now on {event['batch']} pairs in one pass"
     return None

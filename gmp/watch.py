@@ -153,7 +153,8 @@ def sentence(seen: dict[str, object]) -> str:
         case "failed":
             return f"failed: {seen['error']}"
         case "finished":
-            return f"finished after {step} steps"
+            early = f", early: nothing was better by then; {steps} were planned" if steps and step < steps else ""
+            return f"finished after {step} steps{early}"
         case other:
             return str(other)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..gmp.clip import CLIPConfig
-from ..gmp.config import PRECISIONS, TRAIN, Anchor, RepairConfig
+from ..gmp.config import BEST_BY, PRECISIONS, TRAIN, Anchor, RepairConfig
 from ..gmp.data.captions import Index
 from ..gmp.events import Event, finish
 from ..gmp.features import content_keys
@@ -198,6 +198,37 @@ class Repair(io.ComfyNode):
                     advanced=True,
                     tooltip="Less memory, a third slower: keeps each block's input only and computes the rest again.",
                 ),
+                io.Int.Input(
+                    "measure_every",
+                    default=0,
+                    min=0,
+                    max=100000,
+                    step=1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Steps between two measurements of the held-out pictures. The end of every epoch is always "
+                    "measured; 0: only that.",
+                ),
+                io.Combo.Input(
+                    "best_by",
+                    options=list(BEST_BY),
+                    default="objective",
+                    optional=True,
+                    advanced=True,
+                    tooltip="What the best encoder is chosen by, on held-out pictures. objective: what is trained, "
+                    "alignment and anchors together. recall, or cosine to the original at a read point: each alone is "
+                    "blind to the other.",
+                ),
+                io.Int.Input(
+                    "patience",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    step=1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="End the run early after so many measurements without a better one. 0 is off.",
+                ),
             ],
             outputs=[
                 Run.Output(
@@ -244,6 +275,9 @@ class Repair(io.ComfyNode):
         broken_weight: float = 0.0,
         while_generating: str = "pause",
         checkpointing: bool = False,
+        measure_every: int = 0,
+        best_by: str = "objective",
+        patience: int = 0,
     ) -> io.NodeOutput:
         weights = {"original": anchor_weight, "broken": broken_weight}
         config = RepairConfig(
@@ -261,6 +295,9 @@ class Repair(io.ComfyNode):
             keep=keep,
             seed=seed,
             checkpointing=checkpointing,
+            measure_every=measure_every,
+            best_by=best_by,
+            patience=patience,
         )
         text = gmp_clip.text
         device = host.device()

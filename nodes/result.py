@@ -66,7 +66,7 @@ class RepairedTextEncoder(io.ComfyNode):
                     "which",
                     options=["latest", "best", "step"],
                     default="latest",
-                    tooltip="latest: the newest saved step. best: the lowest loss on pictures that are not trained on. "
+                    tooltip="latest: the newest saved step. best: by best_by of GmP Repair, on pictures that are not trained on. "
                     "step: the one given below.",
                 ),
                 io.Int.Input(

@@ -14,6 +14,16 @@ from gmp.run import Inputs
 from gmp.world.write import write_world
 from tests.small import PICTURES, SMALL, disturbed, small_clip, tokenize
 
+ONE_SERVER = ("tests/host", "tests/browser")  # tests that share one ComfyUI
+
+
+def pytest_collection_modifyitems(items):
+    """Where tests run in several processes, those that share a server stay in one."""
+    for item in items:
+        if item.nodeid.startswith(ONE_SERVER):
+            item.add_marker(pytest.mark.xdist_group("host"))
+
+
 # Tensors are small here; on a busy machine threads that wait for each other make tests ten times slower.
 torch.set_num_threads(1)
 

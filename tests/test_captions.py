@@ -307,34 +307,47 @@ def many(tmp_path, count=200) -> Index:
     return Index(tmp_path, tuple(Picture(f"{i:04}.png", (str(i),)) for i in range(count)), None)
 
 
+def by_name(index: Index) -> dict[str, str]:
+    """A content key per picture, as if each held its own name."""
+    return {p.path: p.path.removesuffix(".png") for p in index.pictures}
+
+
 def test_split_is_a_partition(tmp_path):
     index = many(tmp_path)
-    train, held = split(index, 50, seed=1)
+    train, held = split(index, by_name(index), 50)
     assert len(train) == 150 and len(held) == 50
     assert sorted([*train.pictures, *held.pictures], key=lambda p: p.path) == list(index.pictures)
     assert [p.path for p in train.pictures] == sorted(p.path for p in train.pictures)
     assert train.root == held.root == tmp_path
-    assert split(index, 0, seed=1)[0].pictures == index.pictures
+    assert split(index, by_name(index), 0)[0].pictures == index.pictures
 
 
-def test_split_depends_on_paths_and_seed_only(tmp_path):
+def test_split_depends_on_contents_only(tmp_path):
     index = many(tmp_path)
-    turned = Index(tmp_path, tuple(Picture(p.path, ("other",)) for p in reversed(index.pictures)), None)
-    held = {p.path for p in split(index, 50, seed=1)[1].pictures}
-    assert held == {p.path for p in split(turned, 50, seed=1)[1].pictures}
-    assert held != {p.path for p in split(index, 50, seed=2)[1].pictures}
+    renamed = Index(tmp_path, tuple(Picture(f"b/{p.path}", ("other",)) for p in reversed(index.pictures)), None)
+    keys = by_name(index)
+    held = {keys[p.path] for p in split(index, keys, 50)[1].pictures}
+    moved = {f"b/{path}": key for path, key in keys.items()}
+    assert held == {moved[p.path] for p in split(renamed, moved, 50)[1].pictures}
     # fixed for good: held-out pictures must stay held out in every later version
-    assert sorted(p.path for p in split(index, 3, seed=0)[1].pictures) == sorted(
-        sorted((p.path for p in index.pictures), key=lambda x: hashlib.sha256(f"0\0{x}".encode()).digest())[:3]
-    )
+    order = sorted(keys.values(), key=lambda key: hashlib.sha256(f"held out {key}".encode()).digest())
+    assert held == set(order[:50])
+
+
+def test_copies_of_a_picture_are_on_one_side(tmp_path):
+    index = many(tmp_path)
+    keys = {path: key[:-1] for path, key in by_name(index).items()}  # ten copies of each
+    train, held = (part.pictures for part in split(index, keys, 55))
+    assert len(held) == 50 and len(train) == 150
+    assert not {keys[p.path] for p in train} & {keys[p.path] for p in held}
 
 
 def test_split_stays_mostly_the_same_when_pictures_are_added(tmp_path):
-    few, more = split(many(tmp_path, 200), 50, 0)[1], split(many(tmp_path, 210), 50, 0)[1]
+    few, more = (split(one, by_name(one), 50)[1] for one in (many(tmp_path, 200), many(tmp_path, 210)))
     assert len({p.path for p in few.pictures} & {p.path for p in more.pictures}) >= 40
 
 
 @pytest.mark.parametrize("held_out", [-1, 200, 201])
 def test_split_of_impossible_size(tmp_path, held_out):
     with pytest.raises(InputError, match="of 200 pictures"):
-        split(many(tmp_path), held_out, seed=0)
+        split(many(tmp_path), by_name(many(tmp_path)), held_out)

@@ -626,7 +626,7 @@ def test_towers_that_do_not_belong_together(inputs, tmp_path):
 
 def test_a_vision_file_without_text_tower_cannot_be_anchored_to(start, inputs, tmp_path):
     alone = dataclasses.replace(inputs, original=None, text=inputs.original)
-    with pytest.raises(InputError, match="original.safetensors has no text tower to anchor to"):
+    with pytest.raises(InputError, match="anchored: original.safetensors has no text tower; give"):
         list(start(tmp_path / "run", inputs=alone))
     events = list(start(tmp_path / "run", dataclasses.replace(TEXT, anchors=()), inputs=alone))
     assert events[-1]["type"] == "done" and of("measure", events)[0]["drift"] == {}

@@ -133,7 +133,7 @@ def test_only_what_makes_sense_may_be_asked(finished, tmp_path):
 
 def test_what_was_saved_and_what_it_was_given(finished):
     saved = checkpoints(finished)
-    assert saved["checkpoints"] == [3, 4, 6] and saved["result"] and set(saved["best"]) == {"step", "loss"}
+    assert saved["checkpoints"] == [3, 4, 6] and saved["result"] and set(saved["best"]) == {"step", "by", "worth", "loss"}
     known = config(finished)
     assert known["config"]["epochs"] == 2 and known["inputs"]["text"]["sha256"]
     assert known["dataset"]["training pictures"] > 0 and known["join"]["tensors"]

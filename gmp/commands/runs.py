@@ -47,7 +47,7 @@ def show(options: argparse.Namespace) -> object:
 
 
 def _best(best: dict[str, object] | None) -> str:
-    return f"step {best['step']}, held-out loss {best['loss']:.4f}" if best else "not known"
+    return f"step {best['step']} by {best['by']}, held-out loss {best['loss']:.4f}" if best else "not known"
 
 
 def watch(options: argparse.Namespace) -> object:

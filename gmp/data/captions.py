@@ -155,19 +155,29 @@ def check_pictures(index: Index, threads: int = 4) -> Generator[dict[str, object
     return index.without(broken)
 
 
-def split(index: Index, held_out: int, seed: int) -> tuple[Index, Index]:
-    """(training part, held-out part).
+def split(index: Index, keys: Mapping[str, str], held_out: int) -> tuple[Index, Index]:
+    """(training part, held-out part); `keys` gives each path its picture's `content_key`.
 
-    Which pictures are held out depends on their paths and the seed only.
+    Which pictures are held out depends on their contents only, so that runs with other settings, names or folders are
+    measured on the same ones, and most stay held out when pictures are added. Copies of a picture stay together: one
+    that was trained on would measure memory. The held-out part is smaller than `held_out` only where copies do
+    not fit into it.
     """
     if not 0 <= held_out < len(index):
         raise InputError(
             f"{held_out} of {len(index)} pictures can't be held out; choose 0 to {len(index) - 1}, "
             "so that at least one picture is left to train on."
         )
-    held = set(sorted((p.path for p in index.pictures), key=lambda path: _draw(seed, path))[:held_out])
-    train = tuple(p for p in index.pictures if p.path not in held)
-    return replace(index, pictures=train), replace(index, pictures=tuple(p for p in index.pictures if p.path in held))
+    copies = Counter(keys[p.path] for p in index.pictures)
+    held: set[str] = set()
+    count = 0
+    for key in sorted(copies, key=_draw):
+        if count + copies[key] <= held_out:
+            held.add(key)
+            count += copies[key]
+    train = tuple(p for p in index.pictures if keys[p.path] not in held)
+    measured = tuple(p for p in index.pictures if keys[p.path] in held)
+    return replace(index, pictures=train), replace(index, pictures=measured)
 
 
 def content_key(path: Path | str) -> str:
@@ -349,8 +359,9 @@ def _fault(path: Path) -> str:
     return ""
 
 
-def _draw(seed: int, path: str) -> bytes:
-    return hashlib.sha256(f"{seed}\0{path}".encode("utf-8", "surrogatepass")).digest()
+def _draw(key: str) -> bytes:
+    """A place in an order that has nothing to do with names, dates or earlier splits by the same hash."""
+    return hashlib.sha256(f"held out {key}".encode()).digest()
 
 
 def _relative(path: Path, root: Path) -> str:
