@@ -10,10 +10,10 @@ import copy
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from unittest import mock
 
 import pytest
 import torch
@@ -314,12 +314,21 @@ def lightning(state: State) -> dict[str, object]:
     }  # fmt: skip
 
 
-def foreign(module: str, name: str, base: type) -> mock._patch_dict:
-    """While this lasts, `module` has a class `name`, a subclass of `base`; afterwards nothing can import it."""
+@contextmanager
+def foreign(module: str, name: str, base: type) -> Iterator[None]:
+    """While this lasts, `module` has a class `name`, a subclass of `base`; afterwards nothing can import it.
+
+    What else is imported meanwhile stays: `mock.patch.dict` would take it out of sys.modules, as if it never had been.
+    """
     made = ModuleType(module)
     setattr(made, name, type(name, (base,), {"__module__": module}))
     parents = {module.rsplit(".", n)[0]: ModuleType(module.rsplit(".", n)[0]) for n in range(1, module.count(".") + 1)}
-    return mock.patch.dict(sys.modules, {**parents, module: made})
+    sys.modules |= {**parents, module: made}
+    try:
+        yield
+    finally:
+        for added in (*parents, module):
+            del sys.modules[added]
 
 
 def save_lightning(state: State, path: Path) -> Path:
