@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .commands import files, runs, training, world
+from .commands import compare, diagnose, files, measure, report, runs, strength, training, world
 from .errors import InputError
 
 
@@ -106,6 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_runs(add("runs", runs.list_runs, "See, stop and resume runs.", "runs watch first"))
 
     one = add(
+        "report",
+        report.report,
+        "Write one page about a run: before and after at every read point, how it went, how to do it again.",
+        "report runs/first",
+    )
+    report.arguments(one)
+
+    one = add(
         "convert",
         files.convert,
         "Write a text encoder, or a whole CLIP, in another layout.",
@@ -144,12 +152,52 @@ def _parser() -> argparse.ArgumentParser:
 
     one = add(
         "measure",
-        training.measure,
-        "Retrieval on captioned pictures, and drift from the original at every read point.",
+        measure.measure,
+        "Measure a text encoder on captioned pictures: retrieval, alignment, calibration, and every read point.",
         "measure --text clip_l.safetensors --vision ViT-L-14.safetensors --images pictures --captions captions.json",
     )
     _add_towers(one)
     _add_data(one)
+    measure.arguments(one)
+
+    one = add(
+        "scan",
+        strength.scan,
+        "Measure a repair at growing strength, and suggest how much of it to take.",
+        "scan --broken broken_clip_l.safetensors --repaired runs/first/text_encoder.safetensors "
+        "--original ViT-L-14.safetensors --images pictures --captions captions.json --out scan",
+    )
+    strength.scan_arguments(one)
+    _add_member(one)
+
+    one = add(
+        "blend",
+        strength.blend,
+        "Write a text encoder between a broken one and its repair, or between these and the original.",
+        "blend --broken broken_clip_l.safetensors --repaired runs/first/text_encoder.safetensors --strength 0.8 "
+        "--out clip_l.safetensors",
+    )
+    strength.blend_arguments(one)
+    _add_member(one)
+    _add_writing(one, ("fp32", "fp16", "bf16"), "fp32")
+
+    one = add(
+        "compare",
+        compare.compare,
+        "Draw what tells text encoders from the original, in weights and in what they make of prompts and pictures.",
+        "compare ViT-L-14.safetensors broken_clip_l.safetensors runs/first/text_encoder.safetensors --out pictures",
+    )
+    compare.arguments(one)
+    _add_member(one)
+
+    one = add(
+        "diagnose",
+        diagnose.diagnose,
+        "Tell whether a text encoder is broken, where, and for which diffusion model; needs no pictures.",
+        "diagnose broken_clip_l.safetensors --original ViT-L-14.safetensors",
+    )
+    diagnose.arguments(one)
+    _add_member(one)
 
     one = add(
         "world",

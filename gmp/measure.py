@@ -6,8 +6,7 @@ both are always measured.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,11 +14,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import READ_POINTS
-from .clip import ReadPoints, TextTower
+from .clip import TextTower
+from .events import Event, finish
 from .tokenizer import lengths
 
 RECALLS = (1, 5, 10)
+SUMMARY = (*(f"recall_at_{k}" for k in RECALLS), "mean_rank", "median_rank")
+DIRECTIONS = ("text_to_image", "image_to_text")
 DRIFT_CAPTIONS = 256  # that drift is measured on: at the full context length, 77 rows each
+CHUNK = 2048  # pictures, and captions, whose scores are computed at once: 34 MB
+STEP = 2.0**-26  # of the features that scores are computed from
+WORST = -2.0  # a score that is not a number; cosines are -1 at the least
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+DRAWN = 2**22  # numbers that the bootstrap holds at once
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number and its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -47,10 +66,19 @@ class Retrieval:
         """`recall_at_1_text_to_image` and so on."""
         return {
             f"{name}_{direction}": value
-            for direction in ("text_to_image", "image_to_text")
+            for direction in DIRECTIONS
             for name, value in asdict(getattr(self, direction)).items()
             if name != "queries"
         }
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where every query's best positive stands among all items, counted from 0."""
+
+    text_to_image: Tensor  # (T,) int64
+    image_to_text: Tensor  # (I,) int64
+    image_of: Tensor  # (T,) int64, the picture that a caption belongs to
 
 
 @dataclass(frozen=True)
@@ -62,87 +90,269 @@ class Drift:
     relative_norm: float  # length of this tower's rows over the other's: 1 is unchanged
 
 
-def _summary(ranks: Tensor) -> Ranks:
-    """0-based ranks -> recalls, mean rank, floor of the median, + 1 (open_clip's convention)."""
-    recalls = [(ranks < k).double().mean().item() for k in RECALLS]
-    median = math.floor(torch.quantile(ranks.double(), 0.5).item()) + 1
-    return Ranks(*recalls, ranks.double().mean().item() + 1, median, len(ranks))
+# ---- retrieval ------------------------------------------------------------------------------------------------------
 
 
-def _ranks(queries: Tensor, items: Tensor, positives: Callable[[int, int], Tensor], chunk: int) -> Tensor:
-    """0-based rank of each query's best positive among all items.
+def _units(features: Tensor, device: torch.device) -> Tensor:
+    """Rows of length 1 in fp64, rounded to multiples of 2^-26: scores of such rows are exact. (N, E)
 
-    A tie counts against the query if, and only if, the other item comes first, so that the result does not depend on
-    the order in which a sort happens to leave equal scores. (Scores of equal items may round differently where `chunk`
-    changes the shape of the matrix product: results are exact for a given chunk.) A score that is not a number is the
-    worst of all.
+    A query's best positive is scored once as a pair and once more among all items, in a product of another shape, and
+    matrix products round differently with their shape. Half an ulp would put a positive ahead of itself. Here nothing
+    is left to round: products are multiples of 2^-52, and so are their partial sums, which by Cauchy and Schwarz stay
+    below 2 in any order; fp64 holds all of those. So results do not depend on chunks, threads or machine.
     """
-    order = torch.arange(len(items), device=items.device)
-    ranks = []
-    for start in range(0, len(queries), chunk):
-        scores = queries[start : start + chunk] @ items.T  # (chunk, items)
-        scores.masked_fill_(scores.isnan(), -torch.inf)
-        mask = positives(start, start + len(scores)).to(scores.device)
-        best, first = scores.masked_fill(~mask, -torch.inf).max(dim=1, keepdim=True)
-        # max() may return any of several equal maxima: take the first
-        first = torch.where((scores == best) & mask, order, len(items)).amin(dim=1, keepdim=True)
-        ahead = (scores > best) | ((scores == best) & (order < first))
-        ranks.append(ahead.sum(dim=1).cpu())
-    return torch.cat(ranks)
+    rows = F.normalize(features.to(device, torch.float64), dim=-1)
+    return rows.div_(STEP).round_().mul_(STEP)
 
 
-def retrieval(image_features: Tensor, text_features: Tensor, image_of: Sequence[int], chunk: int = 1024) -> Retrieval:
-    """Exact retrieval with any number of captions per picture, in chunks of `chunk` queries.
+def _scores(images: Tensor, texts: Tensor) -> Tensor:
+    """(I, E), (T, E) -> (I, T)"""
+    return (images @ texts.T).nan_to_num_(nan=WORST)
+
+
+def _positives(images: Tensor, texts: Tensor, image_of: Tensor, chunk: int, device: torch.device) -> Tensor:
+    """The score of each caption with its own picture. (T,) fp64"""
+    # Written into one tensor: small ones that are kept between large ones that are freed would hold on to their memory
+    found = torch.empty(len(texts), dtype=torch.float64, device=device)
+    for start in range(0, len(texts), chunk):
+        rows = slice(start, start + chunk)
+        found[rows] = (_units(texts[rows], device) * _units(images[image_of[rows]], device)).sum(dim=-1)
+    return found.nan_to_num_(nan=WORST)
+
+
+def _ahead(scores: Tensor, best: Tensor, first: Tensor, start: int) -> Tensor:
+    """How many of a block's items, the first of which is item `start`, stand before each query's best positive.
+
+    scores (Q, K); best, first (Q,): the positive's score, and its place in the order of items. A tie counts against the
+    query if, and only if, the other item comes first, so that the result does not depend on the order in which a sort
+    happens to leave equal scores.
+    """
+    behind = first >= start + scores.shape[1]  # the whole block comes before the positive: ties count
+    threshold = torch.where(behind, torch.nextafter(best, best.new_tensor(WORST - 1)), best)
+    count = (scores > threshold[:, None]).sum(dim=1)
+    (inside,) = ((first >= start) & ~behind).nonzero(as_tuple=True)
+    if len(inside):
+        order = torch.arange(start, start + scores.shape[1], device=scores.device)
+        tied = (scores[inside] == best[inside, None]) & (order < first[inside, None])
+        count[inside] += tied.sum(dim=1)
+    return count
+
+
+def rank_pairs(
+    image_features: Tensor,
+    text_features: Tensor,
+    image_of: Sequence[int] | Tensor,
+    *,
+    chunk: int = CHUNK,
+    device: torch.device = CPU,
+) -> Generator[Event, None, Places]:
+    """The place of each caption's picture among all pictures, and of each picture's best caption among all captions.
+
+    image_features (I, E), text_features (T, E): floats of any kind and length. Exact for any number of captions per
+    picture. Every score is computed once, for both directions, in blocks of `chunk` pictures and `chunk` captions:
+    beside the features, memory is that of a block. A score that is not a number is the worst of all. Raises ValueError
+    where owners and features do not fit. The device must know fp64; where it does not (MPS), the CPU computes.
+    """
+    owner = torch.as_tensor(image_of, dtype=torch.int64)
+    images, texts = len(image_features), len(text_features)
+    if len(owner) != texts or not texts or not torch.equal(torch.unique(owner), torch.arange(images)):
+        raise ValueError(f"{texts} captions with {len(owner)} owners for {images} pictures")
+    device = CPU if device.type == "mps" else device
+    with torch.no_grad():
+        pairs = _positives(image_features, text_features, owner, chunk, device)
+        owner = owner.to(device)
+        best = pairs.new_full((images,), WORST).scatter_reduce(0, owner, pairs, "amax")
+        place = torch.where(pairs == best[owner], torch.arange(texts, device=device), texts)
+        first = place.new_full((images,), texts).scatter_reduce(0, owner, place, "amin")
+    to_image, to_text = torch.zeros(texts, dtype=torch.int64), torch.zeros(images, dtype=torch.int64)
+    total = len(range(0, images, chunk)) * len(range(0, texts, chunk))
+    done = 0
+    for start in range(0, images, chunk):
+        rows = slice(start, start + chunk)
+        with torch.no_grad():
+            pictures = _units(image_features[rows], device)
+        for begin in range(0, texts, chunk):
+            columns = slice(begin, begin + chunk)
+            with torch.no_grad():
+                scores = _scores(pictures, _units(text_features[columns], device))
+                to_text[rows] += _ahead(scores, best[rows], first[rows], begin).cpu()
+                to_image[columns] += _ahead(scores.T, pairs[columns], owner[columns], start).cpu()
+            done += 1
+            yield {"type": "progress", "stage": "rank captions and pictures", "done": done, "total": total}
+    return Places(to_image, to_text, owner.cpu())
+
+
+def _median(ranks: Tensor) -> int:
+    """Floor of the median, counted from 1 (open_clip's convention)."""
+    ordered = ranks.sort().values
+    return (ordered[(len(ranks) - 1) // 2] + ordered[len(ranks) // 2]).item() // 2 + 1
+
+
+def _summary(ranks: Tensor) -> Ranks:
+    """0-based ranks -> recalls, mean rank, median rank."""
+    recalls = [(ranks < k).double().mean().item() for k in RECALLS]
+    return Ranks(*recalls, ranks.double().mean().item() + 1, _median(ranks), len(ranks))
+
+
+def summarize(places: Places) -> Retrieval:
+    """Recalls and ranks of both directions."""
+    to_image, to_text = places.text_to_image, places.image_to_text
+    return Retrieval(_summary(to_image), _summary(to_text), len(to_text), len(to_image))
+
+
+def retrieval(
+    image_features: Tensor, text_features: Tensor, image_of: Sequence[int] | Tensor, chunk: int = CHUNK
+) -> Retrieval:
+    """Exact retrieval with any number of captions per picture, as `rank_pairs` computes it.
 
     image_features (I, E), text_features (T, E) of any length; image_of[j] is the picture that caption j belongs to.
     A caption has found its picture, a picture has found any one of its captions (LAION-AI/CLIP_benchmark).
     """
-    images = F.normalize(image_features.float(), dim=-1)
-    texts = F.normalize(text_features.float(), dim=-1)
-    owner = torch.as_tensor(image_of)
-    if len(owner) != len(texts) or len(torch.unique(owner)) != len(images):
-        raise ValueError(f"{len(texts)} captions with {len(owner)} owners for {len(images)} pictures")
-    every_image = torch.arange(len(images))
-    text_to_image = _ranks(texts, images, lambda a, b: owner[a:b, None] == every_image[None], chunk)
-    image_to_text = _ranks(images, texts, lambda a, b: every_image[a:b, None] == owner[None], chunk)
-    return Retrieval(_summary(text_to_image), _summary(image_to_text), len(images), len(texts))
+    return summarize(finish(rank_pairs(image_features, text_features, image_of, chunk=chunk)))
 
 
-@torch.no_grad()
-def text_features(tower: TextTower, ids: Tensor, batch: int = 256) -> Tensor:
-    """Projected features of captions, cut to each batch's longest one. (N, L) -> (N, E) on the CPU"""
+# ---- confidence -----------------------------------------------------------------------------------------------------
+
+
+def _statistics(ranks: Tensor, owner: Tensor, images: int) -> Tensor:
+    """Sums over each picture's queries: hits at 1, 5, 10, ranks counted from 1, and queries. (I, 5) fp64"""
+    columns = [
+        *((ranks < k).double() for k in RECALLS),
+        ranks.double() + 1,
+        torch.ones(len(ranks), dtype=torch.float64),
+    ]
+    rows = torch.stack(columns, dim=1)
+    return torch.zeros(images, rows.shape[1], dtype=torch.float64).index_add_(0, owner, rows)
+
+
+def _medians(weights: Tensor, ranks: Tensor, owner: Tensor) -> Tensor:
+    """`_median` where each query is there as often as its picture was drawn. weights (B, I) int64 -> (B,)"""
+    ordered, order = ranks.sort(stable=True)
+    counts = weights[:, owner[order]].cumsum(dim=1)  # (B, T)
+    total = counts[:, -1:]
+    places = torch.cat([(total - 1) // 2, total // 2], dim=1)
+    found = ordered[torch.searchsorted(counts, places, right=True)]
+    return found.sum(dim=1) // 2 + 1
+
+
+def resample(places: Places, resamples: int = RESAMPLES, seed: int = 0) -> Generator[Event, None, dict[str, Tensor]]:
+    """What retrieval would have been with other pictures: the cluster bootstrap. Direction -> (resamples, 5) fp64.
+
+    Columns are those of `SUMMARY`. Pictures are drawn with replacement, each with all its captions, whose ranks depend
+    on each other (Efron and Tibshirani 1993, chapter 8); their ranks stay those among all items. The same seed and
+    number of pictures draw the same ones, so that two encoders' samples are paired and may be subtracted.
+    """
+    images = len(places.image_to_text)
+    directions = {
+        "text_to_image": (places.text_to_image, places.image_of),
+        "image_to_text": (places.image_to_text, torch.arange(images)),
+    }
+    statistics = {name: _statistics(ranks, owner, images) for name, (ranks, owner) in directions.items()}
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, list[Tensor]] = {name: [] for name in directions}
+    at_once = max(1, DRAWN // max(images, len(places.image_of)))
+    for start in range(0, resamples, at_once):
+        count = min(at_once, resamples - start)
+        drawn = torch.randint(images, (count, images), generator=generator)
+        weights = torch.zeros(count, images, dtype=torch.int64).scatter_add_(1, drawn, torch.ones_like(drawn))
+        for name, (ranks, owner) in directions.items():
+            sums = weights.double() @ statistics[name]
+            medians = _medians(weights, ranks, owner).double()
+            found[name].append(torch.cat([sums[:, :-1] / sums[:, -1:], medians[:, None]], dim=1))
+        yield {"type": "progress", "stage": "confidence", "done": start + count, "total": resamples}
+    return {name: torch.cat(rows) for name, rows in found.items()}
+
+
+def interval(value: float, samples: Tensor) -> Interval:
+    """A value with the percentiles of its bootstrap samples (N,)."""
+    tail = (1 - CONFIDENCE) / 2
+    low, high = torch.quantile(samples, samples.new_tensor([tail, 1 - tail])).tolist()
+    return Interval(value, low, high)
+
+
+def with_intervals(found: Retrieval, samples: Mapping[str, Tensor]) -> dict[str, dict[str, Interval]]:
+    """Direction -> name of `SUMMARY` -> value with its interval."""
+    return {
+        direction: {
+            name: interval(getattr(getattr(found, direction), name), samples[direction][:, column])
+            for column, name in enumerate(SUMMARY)
+        }
+        for direction in DIRECTIONS
+    }
+
+
+def changes(
+    found: Retrieval, samples: Mapping[str, Tensor], before: Retrieval, samples_before: Mapping[str, Tensor]
+) -> dict[str, dict[str, Interval]]:
+    """What another encoder changed on the same pictures, with intervals of the difference itself.
+
+    Both are drawn from the same pictures (`resample` with one seed), so what is hard for both cancels out: a difference
+    may be certain where the two intervals overlap. 0 outside of the interval: the encoders differ.
+    """
+    return {
+        direction: {
+            name: interval(
+                getattr(getattr(found, direction), name) - getattr(getattr(before, direction), name),
+                samples[direction][:, column] - samples_before[direction][:, column],
+            )
+            for column, name in enumerate(SUMMARY)
+        }
+        for direction in DIRECTIONS
+    }
+
+
+# ---- text towers ----------------------------------------------------------------------------------------------------
+
+
+def embed_captions(tower: TextTower, ids: Tensor, batch: int = 256) -> Generator[Event, None, Tensor]:
+    """Projected features of captions, cut to each batch's longest one. (N, L) -> (N, E) fp32 on the CPU"""
     device = tower.positional_embedding.device
-    features = []
-    for chunk in ids.split(batch):
-        features.append(tower(chunk[:, : lengths(chunk).max()].to(device)).projected.float().cpu())
-    return torch.cat(features)
+    features = torch.empty(len(ids), tower.text_projection.shape[1])
+    for start in range(0, len(ids), batch):
+        chunk = ids[start : start + batch]
+        with torch.no_grad():
+            features[start : start + batch] = tower(chunk[:, : lengths(chunk).max()].to(device)).projected.float().cpu()
+        yield {"type": "progress", "stage": "embed captions", "done": start + len(chunk), "total": len(ids)}
+    return features
 
 
-def _pairs(tower: TextTower, other: TextTower, ids: Tensor, batch: int) -> Iterator[tuple[ReadPoints, ReadPoints]]:
-    for chunk in ids.split(batch):
-        yield (
-            tower(chunk.to(tower.positional_embedding.device)),
-            other(chunk.to(other.positional_embedding.device)),
-        )
+def text_features(tower: TextTower, ids: Tensor, batch: int = 256) -> Tensor:
+    """`embed_captions`, without its events."""
+    return finish(embed_captions(tower, ids, batch))
 
 
-@torch.no_grad()
-def drift(tower: TextTower, other: TextTower, ids: Tensor, batch: int = 64) -> dict[str, Drift]:
+def compare_states(
+    tower: TextTower, other: TextTower, ids: Tensor, batch: int = 64
+) -> Generator[Event, None, dict[str, Drift]]:
     """Drift of `tower` from `other` at every read point, over captions `ids` (N, L).
 
     Pass ids at the full context length: SDXL reads all 77 rows, also those behind end-of-text.
     """
     sums = {point: torch.zeros(3, dtype=torch.float64) for point in READ_POINTS}
-    for a, b in _pairs(tower, other, ids, batch):
-        for point in READ_POINTS:
-            x, y = (getattr(points, point).cpu().double().flatten(0, -2) for points in (a, b))
-            norms = x.norm(dim=-1) / y.norm(dim=-1)
-            cosines = F.cosine_similarity(x, y, dim=-1)
-            sums[point] += torch.stack([cosines.sum(), norms.sum(), torch.tensor(len(x), dtype=torch.float64)])
+    done = 0
+    for chunk in ids.split(batch):
+        with torch.no_grad():
+            a, b = (one(chunk.to(one.positional_embedding.device)) for one in (tower, other))
+            for point in READ_POINTS:
+                sums[point] += _agreement(getattr(a, point), getattr(b, point))
+        done += len(chunk)
+        yield {"type": "progress", "stage": "compare states", "done": done, "total": len(ids)}
     return {
         point: Drift(cosine / rows, 1 - cosine / rows, norm / rows)
         for point, (cosine, norm, rows) in ((point, total.tolist()) for point, total in sums.items())
     }
+
+
+def _agreement(states: Tensor, others: Tensor) -> Tensor:
+    """Sums over rows: cosines, ratios of lengths, rows. (…, W), (…, W) -> (3,) fp64 on the CPU"""
+    x, y = (one.cpu().double().flatten(0, -2) for one in (states, others))
+    norms = x.norm(dim=-1) / y.norm(dim=-1)
+    return torch.stack([F.cosine_similarity(x, y, dim=-1).sum(), norms.sum(), norms.new_tensor(len(x))])
+
+
+def drift(tower: TextTower, other: TextTower, ids: Tensor, batch: int = 64) -> dict[str, Drift]:
+    """`compare_states`, without its events."""
+    return finish(compare_states(tower, other, ids, batch))
 
 
 def measure_tower(

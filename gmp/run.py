@@ -12,7 +12,8 @@ exports, and does what it is asked meanwhile (`control`). The same inputs and se
     checkpoints/        weights, optimizer and state of the newest steps
     best_text_encoder.safetensors   the best on held-out pairs, by `RepairConfig.best_by`
     text_encoder.safetensors        the result: the newest step
-    result.json, loss.png
+    evidence.json, evidence/        what it has changed, before, after and the original, with small pictures
+    result.json, loss.png, report.html
     failure.txt         why the run has ended, if it failed
     lock, owner.json, commands/     while it is at work
 """
@@ -40,12 +41,14 @@ from .data.captions import Index, check_pictures, split
 from .data.images import PicturesAhead
 from .errors import InputError
 from .events import Event, Result
+from .evidence import EVIDENCE, THUMBNAILS
 from .features import content_keys, embed_pictures
 from .files import write_json
 from .history import SNAPSHOT
 from .join import Joined, join, text_tower, unlike
 from .layouts import TowerFile
 from .owner import LOCK, OWNER, own, owner
+from .prompts import prompts
 from .session import BEST, CHECKPOINTS, RESULT, HeldOut, Scene, Session
 from .tokenizer import Tokens, lengths
 from .trainer import Pairs, begin, precision_of, set_up
@@ -56,7 +59,7 @@ HOUSEKEEPING = ("save_every", "keep", "checkpointing")  # settings that change n
 PASSING = (LOCK, OWNER, BOX, FAILURE)  # what a folder may hold before it is a run's
 FILES = (
     *("run.json", "join.json", "dataset.json", "result.json", "loss.png", "report.html", "clip.safetensors"),
-    *("prompt.json", "command.json", telemetry.EVENTS, SNAPSHOT, RESULT, BEST, FAILURE, OWNER),
+    *("prompt.json", "command.json", telemetry.EVENTS, SNAPSHOT, RESULT, BEST, FAILURE, OWNER, EVIDENCE),
 )
 _TRAINING = ("start", "resume", "step", "measure", "checkpoint", "resumed", "alarm", "out_of_memory")
 
@@ -143,7 +146,7 @@ def _clear_away(folder: Path) -> list[str]:
     with own(folder, "none"):
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
-        for name in (CHECKPOINTS, BOX):
+        for name in (CHECKPOINTS, BOX, THUMBNAILS):
             shutil.rmtree(folder / name, ignore_errors=True)
     (folder / LOCK).unlink(missing_ok=True)
     left = sorted(path.name for path in folder.iterdir())
@@ -373,7 +376,9 @@ def _trained(
     if inputs.original and not difference and not reference:
         reference = text_tower(inputs.original, joined).to(device)
     training = begin(clip, optimizer, data.pairs.counts, config, device)
-    scene = Scene(data.pairs, data.held, teachers, reference, joined.state, _metadata(folder, joined))
+    texts = inputs.tokenize([prompt.text for prompt in prompts()]).ids
+    files = _metadata(folder, joined)
+    scene = Scene(data.pairs, data.held, teachers, reference, joined.state, files, texts, joined.sources)
     try:
         yield from Session(training, scene, config, folder, device, precision, control).events()
     finally:
@@ -420,8 +425,9 @@ def check_anchors(text: TowerFile, vision: TowerFile, original: TowerFile | None
     needs |= {f"judged by {config.best_by}": "best_by to objective"} if config.best_by in READ_POINTS else {}
     if not needs:
         return
-    what, advice = " or ".join(needs), "give the full original CLIP as the vision file, or set " + " and ".join(
-        needs.values()
+    what, advice = (
+        " or ".join(needs),
+        "give the full original CLIP as the vision file, or set " + " and ".join(needs.values()),
     )
     if original is None:
         raise InputError(f"The repair cannot be {what}: {vision.source.path} has no text tower; {advice}")

@@ -6,16 +6,16 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import checkpoint, memory, telemetry
+from . import checkpoint, evidence, memory, telemetry
 from .alarms import Alarms
-from .clip import CLIP, TextTower
+from .clip import CLIP, TextTower, VisionTower, load
 from .compare import moved
 from .config import RepairConfig
 from .control import Control
@@ -26,9 +26,11 @@ from .events import Event
 from .files import write_json
 from .geometric import fold_state
 from .history import SNAPSHOT, History
-from .layouts import write_clip, write_text
+from .layouts import Source, open_text, write_clip, write_text
+from .layouts.canonical import is_vision
 from .measure import measure_tower
 from .plots import plot_losses
+from .report import write_report
 from .trainer import Pairs, Training, held_out_loss, train
 
 log = logging.getLogger(__name__)
@@ -66,6 +68,8 @@ class Scene:
     reference: TextTower | None  # that drift is measured from
     start: Mapping[str, Tensor]  # canonical weights before the first step
     metadata: dict[str, str]  # of every file that is written
+    prompts: Tensor  # (prompts, context_length), that structure is measured on
+    sources: Mapping[str, Source]  # of `text`, `vision`, and `original` if there is one
 
 
 class Session:
@@ -189,6 +193,11 @@ class Session:
     def _finish(self) -> Iterator[Event]:
         training, folder = self.training, self.folder
         export_text(training.clip, folder / RESULT, self._metadata())
+        yield from self._gather()
+        if self.control.ends:  # there is no result.json yet: the run goes on from its last step, and finishes then
+            kind = "discarded" if self.control.discards else "stopped"
+            yield {"type": kind, "step": training.step, "steps": training.total_steps}
+            return
         if self.config.train == "both":
             state = {name: tensor.cpu() for name, tensor in training.clip.state_dict().items()}
             path, metadata = folder / "clip.safetensors", self.scene.metadata
@@ -201,19 +210,75 @@ class Session:
             "measurements": [event for event in telemetry.read(folder, kinds=("measure",))],
         }
         write_json(result, folder / "result.json")
+        history = self._history().whole()
         try:
-            plot_losses(self._history().whole(), folder / "loss.png")
-        except Exception as error:  # a picture must not decide over a run
-            log.exception("no loss picture for %s", folder.name)
-            yield {
-                "type": "alarm",
-                "alarm": "no_picture",
-                "step": training.step,
-                "raised": True,
-                "advice": f"no loss picture: {error}",
-                "value": None,
-            }
+            plot_losses(history, folder / "loss.png")
+        except Exception as error:
+            yield self._without("no_picture", "loss picture", error)
+        try:
+            write_report(folder, history)
+        except Exception as error:
+            yield self._without("no_report", "report", error)
         yield {"type": "done", "step": training.step, "resumed": False, "early": result["early"]}
+
+    def _gather(self) -> Iterator[Event]:
+        """Writes down what the run has changed; holds and ends in between when it is asked to."""
+        work = self._evidence()
+        while True:
+            try:
+                event = next(work, None)
+            except Exception as error:
+                yield self._without("no_evidence", "evidence of what has changed", error)
+                return
+            if event is None:
+                return
+            yield event
+            for told in self.control.obey(self.training.step, {}, self._offload):
+                yield told
+                self.alarms.hear(told)
+            if self.control.ends:
+                work.close()
+                return
+
+    def _evidence(self) -> Iterator[Event]:
+        scene, training, clip = self.scene, self.training, self.training.clip
+        state = {name: t for name, t in scene.start.items() if not is_vision(name) and name != "logit_scale"}
+        broken = load(TextTower, clip.text_config, state).requires_grad_(False).to(self.device)
+        towers = {"broken": broken, "repaired": clip}
+        if scene.reference is not None:
+            towers["original"] = scene.reference
+        images = yield from self._images(towers)
+        target = tuple(dict.fromkeys(anchor.read_point for anchor in self.config.anchors))
+        found = yield from evidence.gather(
+            towers, scene.prompts, scene.held.index, scene.held.ids, images, target=target, folder=self.folder
+        )
+        sources = {
+            "broken": scene.sources["text"],
+            "repaired": open_text(self.folder / RESULT).source(),
+            "original": scene.sources.get("original") if scene.reference is not None else None,
+            "vision": scene.sources["vision"] if len(scene.held.index) else None,
+        }
+        step, steps = training.step, training.total_steps
+        run = {"step": step, "steps": steps, "early": step < steps, "train": self.config.train}
+        write_json(evidence.as_json(found, sources, run, self.device), self.folder / evidence.EVIDENCE)
+
+    def _images(self, towers: Mapping[str, TextTower]) -> Generator[Event, None, dict[str, Tensor]]:
+        """The held-out pictures as the vision tower of each text tower sees them: only the repaired one's has moved."""
+        held, clip = self.scene.held, self.training.clip
+        if held.features is not None or not len(held.index):
+            return dict.fromkeys(towers, held.features)
+        state = {n.removeprefix("visual."): t for n, t in self.scene.start.items() if is_vision(n)}
+        vision = load(VisionTower, clip.visual.vision_config, state).requires_grad_(False).to(self.device)
+        before = yield from evidence.embed(vision, held.index, "pictures as they were seen before")
+        after = yield from evidence.embed(clip.visual, held.index, "pictures as they are seen now")
+        return dict.fromkeys(towers, before) | {"repaired": after}
+
+    def _without(self, alarm: str, what: str, error: Exception) -> Event:
+        """What a run can do without must not decide over it."""
+        log.exception("no %s for %s", what, self.folder.name)
+        advice = f"no {what}: {error}"
+        step = self.training.step
+        return {"type": "alarm", "alarm": alarm, "step": step, "raised": True, "advice": advice, "value": None}
 
     def _history(self) -> History:
         history = History.load(self.folder)

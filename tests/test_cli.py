@@ -1,11 +1,14 @@
-"""The command line as a person types it, in processes of its own."""
+"""The command line as a person types it; in a process of its own where that makes a difference."""
 
+import contextlib
+import io
 import json
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,19 +16,40 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from gmp.cli import main
 from gmp.files import read_header
 from gmp.world.models import ASSETS, ORIGINAL, RUINED
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("inspect", "encode", "join", "repair", "convert", "lora", "measure", "world", "demo")
+COMMANDS = (
+    "inspect",
+    "encode",
+    "join",
+    "repair",
+    "convert",
+    "lora",
+    "measure",
+    "diagnose",
+    "compare",
+    "scan",
+    "blend",
+    "report",
+    "runs",
+    "world",
+    "demo",
+)
 TOWERS = ("--text", ASSETS / RUINED, "--vision", ASSETS / ORIGINAL)
 
 
 def gmp(*arguments, code=0):
-    command = [sys.executable, "-m", "gmp", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            returned = main([str(one) for one in arguments])
+        except SystemExit as end:  # argparse: help, and what it does not understand
+            returned = end.code
+    assert returned == code, out.getvalue() + err.getvalue()
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def answer(*arguments):
@@ -204,9 +228,29 @@ def test_the_result_is_measured_and_repeated(world, tmp_path):
     assert first == again and first["state"] == "done" and first["steps"] == 30
     before = answer("measure", *TOWERS, *data(world))
     after = answer("measure", "--text", first["text_encoder"], *TOWERS[2:], *data(world))
-    assert after["recall_at_1_text_to_image"] > 0.8 > 0.5 > before["recall_at_1_text_to_image"]
+    found, lost = (one["retrieval"]["text_to_image"]["recall_at_1"] for one in (after, before))
+    assert found["value"] > found["low"] > 0.8 > 0.5 > lost["high"] > lost["value"]
     assert after["drift"]["penultimate"]["cosine"] > before["drift"]["penultimate"]["cosine"] + 0.1
     assert read_header(first["text_encoder"]).metadata["gmp_version"]
+
+
+def test_a_measurement_is_a_table_and_a_file(world, tmp_path):
+    before = ("--before", ASSETS / ORIGINAL)
+    measure = ("measure", *TOWERS, *data(world), *before, "--relations", "--out", tmp_path / "below" / "found.json")
+    done = gmp(*measure, "--json")
+    *table, last = done.stdout.splitlines()
+    found = json.loads(last)
+    assert json.loads((tmp_path / "below" / "found.json").read_text()) == found
+    one = found["retrieval"]["text_to_image"]["recall_at_1"]
+    line = next(line for line in table if line.startswith("recall@1 "))
+    assert f"text → image {one['value']:.3f} ({one['low']:.3f} … {one['high']:.3f})" in line
+    assert any(line.startswith("penultimate (SDXL, SD2, SD3)") for line in table)
+    assert any(line.startswith("relations, side: ") for line in table)
+    assert found["change"]["from"]["path"] == ORIGINAL and found["change"]["text_to_image"]["recall_at_1"]["high"] < 0
+    assert "exists; choose another name, or pass --force" in complaint(*measure)
+    assert "end in .json" in complaint(*measure[:-1], tmp_path / "found.txt")
+    assert "give --classes" in complaint(*measure, "--templates", tmp_path / "templates.txt")
+    assert "class" in complaint(*measure[:-2], "--classes", tmp_path / "none")
 
 
 def test_bad_input_is_met_with_one_sentence(world, tmp_path):

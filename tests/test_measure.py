@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import copy
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmp import READ_POINTS
+from gmp import measure as module
 from gmp.clip import TextConfig, TextTower
-from gmp.measure import drift, measure_tower, retrieval, text_features
+from gmp.events import finish
+from gmp.measure import (
+    DIRECTIONS,
+    SUMMARY,
+    Interval,
+    Places,
+    drift,
+    interval,
+    measure_tower,
+    rank_pairs,
+    resample,
+    retrieval,
+    summarize,
+    text_features,
+    with_intervals,
+)
 
 TEXT = TextConfig(32, 3, 2, 64, 12, 50, 16)
 
@@ -149,6 +167,188 @@ def test_flat_names():
     assert flat["recall_at_5_text_to_image"] == found.text_to_image.recall_at_5
     assert flat["median_rank_image_to_text"] == found.image_to_text.median_rank
     assert len(flat) == 10
+
+
+def ranked(images, texts, owners, **settings):
+    return finish(rank_pairs(images, texts, owners, **settings))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16, 64])
+def test_every_rank_is_that_of_the_full_computation(chunk):
+    """With doubles, whose scores are equal, at both ends and on both sides of a block's border."""
+    images, texts, owners = data(pictures=33, counts=(1, 4, 2))
+    images[[5, 17, 32]] = images[2].clone()
+    texts[[3, 30, 31, 76]] = texts[12].clone()
+    found = ranked(images, texts, owners, chunk=chunk)
+    to_image, to_text = naive_fixed(images, texts, owners)
+    assert found.text_to_image.tolist() == to_image.tolist()
+    assert found.image_to_text.tolist() == to_text.tolist()
+
+
+def naive_fixed(images, texts, owners):
+    """Scores in exact integers, of unit vectors in steps of 2^-26."""
+    rows, columns = (
+        [[round(value * 2**26) for value in row] for row in unit(one.double()).tolist()] for one in (texts, images)
+    )
+    scores = torch.tensor([[sum(a * b for a, b in zip(x, y, strict=True)) for y in columns] for x in rows])
+    positive = torch.tensor(owners)[:, None] == torch.arange(len(images))[None]
+    return naive_ranks(scores, positive), naive_ranks(scores.T, positive.T)
+
+
+def test_scores_do_not_depend_on_the_shape_of_the_product():
+    """Ones that fp32 rounds differently: a caption and its picture are equal, and every other picture nearly is."""
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(768, generator=generator)
+    images = one + 1e-3 * torch.randn(300, 768, generator=generator)
+    exact = ranked(images, images, range(300), chunk=300)
+    assert exact.text_to_image.max() == 0
+    texts = images[torch.randperm(300, generator=generator)]
+    whole = ranked(images, texts, range(300))
+    assert whole.text_to_image.max() > 100
+    for chunk in (17, 64, 299):
+        other = ranked(images, texts, range(300), chunk=chunk)
+        assert torch.equal(whole.text_to_image, other.text_to_image)
+        assert torch.equal(whole.image_to_text, other.image_to_text)
+
+
+def test_scores_are_exact():
+    """Against Python's fractions: no product, and no sum in any order, is rounded."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = (module._units(torch.randn(2, 1024, generator=generator), module.CPU) for _ in range(2))
+    other[0] = one[0]  # the largest score there is
+    wanted = sum(Fraction(a) * Fraction(b) for a, b in zip(one[0].tolist(), other[0].tolist(), strict=True))
+    assert Fraction((one @ other.T)[0, 0].item()) == wanted == Fraction((one[0] * other[0]).flip(0).sum().item())
+    wanted = sum(Fraction(a) * Fraction(b) for a, b in zip(one[1].tolist(), other[0].tolist(), strict=True))
+    assert Fraction((one @ other.T)[1, 0].item()) == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_features_of_any_kind_and_length(dtype):
+    """A common factor changes nothing, also where squares of fp16 would leave their range."""
+    images, texts, owners = data()
+    images, texts = images.to(dtype), texts.to(dtype)
+    expected = ranked(images.double(), texts.double(), owners)
+    found = ranked(images * 1024, texts / 1024 if dtype != torch.float16 else texts, owners)
+    assert torch.equal(found.text_to_image, expected.text_to_image)
+    assert torch.equal(found.image_to_text, expected.image_to_text)
+
+
+def test_a_score_that_is_no_number_is_behind_all_others():
+    """Caption 0 is no number: its picture finds it behind everything; it finds pictures in their order."""
+    images, texts, _ = data(pictures=10, counts=(1,))
+    texts[0], images[7] = math.nan, math.inf
+    found = ranked(images, texts, range(10), chunk=3)
+    assert found.text_to_image[0] == 0 and found.image_to_text[0] == 9
+    assert found.text_to_image[7] == 9 and found.image_to_text[7] == 7
+
+
+def test_ranking_tells_how_far_it_is_and_may_be_left():
+    images, texts, owners = data(pictures=20, counts=(2,))
+    events = list(rank_pairs(images, texts, owners, chunk=16))
+    assert [event["done"] for event in events] == [1, 2, 3, 4, 5, 6]
+    assert {event["total"] for event in events} == {6} and {event["type"] for event in events} == {"progress"}
+    begun = rank_pairs(images, texts, owners, chunk=16)
+    next(begun)
+    begun.close()
+
+
+def test_ranking_holds_no_table_of_all_scores(monkeypatch):
+    """The largest tensor that is made is a block of scores, or a block of features."""
+    images, texts, owners = data(pictures=300, counts=(3,))
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            nonlocal largest
+            made = function(*arguments, **(keywords or {}))
+            if isinstance(made, torch.Tensor):
+                largest = max(largest, made.numel())
+            return made
+
+    with Watch():
+        ranked(images, texts, owners, chunk=64)
+    assert largest == 64 * 64  # of 270,000 scores, 14,400 numbers in the captions' features
+
+
+# ---- confidence -----------------------------------------------------------------------------------------------------
+
+
+def naive_samples(places, resamples, seed):
+    """Resamples written out as lists of queries, one by one."""
+    images, generator = len(places.image_to_text), torch.Generator().manual_seed(seed)
+    drawn = torch.randint(images, (resamples, images), generator=generator).tolist()
+    captions = [[j for j, owner in enumerate(places.image_of.tolist()) if owner == i] for i in range(images)]
+    rows = {name: [] for name in DIRECTIONS}
+    for pictures in drawn:
+        to_image = np.array([places.text_to_image[j].item() for i in pictures for j in captions[i]])
+        to_text = places.image_to_text[pictures].numpy()
+        for name, ranks in (("text_to_image", to_image), ("image_to_text", to_text)):
+            recalls = [np.mean(ranks < k) for k in (1, 5, 10)]
+            rows[name].append([*recalls, ranks.mean() + 1, np.floor(np.median(ranks)) + 1])
+    return {name: torch.tensor(np.array(found)) for name, found in rows.items()}
+
+
+@pytest.mark.parametrize("drawn", [1, 100, 2**22])
+@pytest.mark.parametrize("counts", [(1,), (1, 3, 2)])
+def test_resampling_draws_pictures_with_all_their_captions(counts, drawn, monkeypatch):
+    monkeypatch.setattr(module, "DRAWN", drawn)
+    places = ranked(*data(counts=counts))
+    found = finish(resample(places, resamples=40, seed=3))
+    for name, wanted in naive_samples(places, 40, 3).items():
+        assert len(wanted.unique(dim=0)) > 10
+        torch.testing.assert_close(found[name], wanted, rtol=1e-12, atol=0)
+
+
+def test_captions_in_any_order_have_the_same_intervals():
+    images, texts, owners = data()
+    order = torch.randperm(len(owners), generator=torch.Generator().manual_seed(1))
+    one = finish(resample(ranked(images, texts, owners), 20))
+    other = finish(resample(ranked(images, texts[order], [owners[i] for i in order]), 20))
+    for name in DIRECTIONS:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-12, atol=0)
+
+
+def test_an_interval_is_that_of_percentiles():
+    samples = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = interval(0.5, samples)
+    assert found.value == 0.5
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(samples.numpy(), [2.5, 97.5])), rel=1e-12)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """100 data sets of 60 pictures with 3 captions that fail together, of which 70 % are found."""
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(100):
+        lost = (torch.rand(60, generator=generator) < 0.3).long() * 20
+        owner = torch.arange(60).repeat_interleave(3)
+        places = Places(lost[owner], lost, owner)
+        found = with_intervals(summarize(places), finish(resample(places, 200)))["text_to_image"]["recall_at_1"]
+        held += found.low <= 0.7 <= found.high
+    assert 88 <= held <= 99  # 39 to 79 where captions are drawn one by one
+
+
+def test_every_number_has_an_interval_around_it():
+    generator = torch.Generator().manual_seed(0)
+    images, texts = torch.randn(2, 40, 16, generator=generator)
+    places = ranked(images, 2 * texts + images, range(40))
+    found = summarize(places)
+    for direction, values in with_intervals(found, finish(resample(places))).items():
+        assert tuple(values) == SUMMARY
+        for name, value in values.items():
+            assert isinstance(value, Interval) and value.low <= value.value <= value.high
+            assert value.value == getattr(getattr(found, direction), name)
+            assert value.low < value.high
+
+
+def test_the_same_pictures_have_the_same_intervals():
+    places = ranked(*data())
+    assert with_intervals(summarize(places), finish(resample(places))) == with_intervals(
+        summarize(places), finish(resample(places))
+    )
+
+
+# ---- text towers ----------------------------------------------------------------------------------------------------
 
 
 def tower(seed=0):

@@ -110,14 +110,14 @@ def test_a_whole_run(whole, mode):
     assert [event["step"] for event in of("checkpoint", events)] == [2, 3, 4, 6]
     assert events[-1]["type"] == "done" and not events[-1]["resumed"]
     assert of("step", events)[-1]["loss"] < of("step", events)[0]["loss"]
-    names = {path.name for path in folder.iterdir()} - {"lock"}
+    names = {path.name for path in folder.iterdir()} - {"lock", "evidence"}
     expected = {
         "run.json", "join.json", "dataset.json", "events.jsonl", "history.npz", "checkpoints", RESULT, BEST,
-        "result.json", "loss.png",
+        "result.json", "loss.png", "evidence.json", "report.html",
     }  # fmt: skip
     assert names == (expected | {"clip.safetensors"} if mode == "both" else expected)
     with Image.open(folder / "loss.png") as picture:
-        assert picture.size == (960, 720)
+        assert picture.size == (960, 960)
     written = telemetry.read(folder)
     assert [event["type"] for event in written] == [event["type"] for event in events if event["type"] != "progress"]
     assert status(folder) == Status("finished", 6)

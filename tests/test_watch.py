@@ -16,7 +16,6 @@ from gmp.control import send
 from gmp.errors import InputError
 from gmp.geometric import to_geometric
 from gmp.gradients import layer_and_role
-from gmp.report import report
 from gmp.run import repair
 from gmp.watch import Watch, can, checkpoints, config, duration, find, sentence
 from gmp.worker import Worker
@@ -133,7 +132,9 @@ def test_only_what_makes_sense_may_be_asked(finished, tmp_path):
 
 def test_what_was_saved_and_what_it_was_given(finished):
     saved = checkpoints(finished)
-    assert saved["checkpoints"] == [3, 4, 6] and saved["result"] and set(saved["best"]) == {"step", "by", "worth", "loss"}
+    assert (
+        saved["checkpoints"] == [3, 4, 6] and saved["result"] and set(saved["best"]) == {"step", "by", "worth", "loss"}
+    )
     known = config(finished)
     assert known["config"]["epochs"] == 2 and known["inputs"]["text"]["sha256"]
     assert known["dataset"]["training pictures"] > 0 and known["join"]["tensors"]
@@ -143,25 +144,6 @@ def test_runs_are_found_by_folder_and_by_name(finished, tmp_path):
     assert find(tmp_path, str(finished)) == finished == find(finished.parent, finished.name)
     with pytest.raises(InputError, match="there is no run nothing"):
         find(tmp_path, "nothing")
-
-
-# --- the page
-
-
-def test_the_report_is_one_page_without_scripts(finished):
-    page = report(finished, Watch())
-    assert page.startswith("<!doctype html>") and page.count("<img ") == 1 and "data:image/png;base64," in page
-    assert not re.search(r"<script|<link|https?://|src=\"(?!data:)", page)
-    for words in ("Before and after", "step 0", "step 6", "recall@1, text to image", "Settings", "epochs", "Data set"):
-        assert words in page, words
-
-
-def test_names_in_a_report_are_text(finished, tmp_path):
-    folder = tmp_path / "<b>run"
-    folder.mkdir()
-    (folder / "run.json").write_text(json.dumps({"config": {"<script>": "<img src=x onerror=y>"}}))
-    page = report(folder, Watch())
-    assert "<script" not in page and "<img src=x" not in page and "&lt;script&gt;" in page
 
 
 # --- how far weights have moved

@@ -88,7 +88,7 @@ def join(options: argparse.Namespace) -> object:
     from ..layouts import write_clip
 
     options.layout = options.layout or "huggingface"
-    _check_writing(options)
+    check_writing(options)
     text, vision, original = read_towers(options)
     joined = put_together(text, vision, original)
     state = split_mlps(joined.state) if options.layout == "gmp" else joined.state
@@ -115,7 +115,7 @@ def convert(options: argparse.Namespace) -> object:
     if options.into:
         check_out(options.out, options.force)
     else:
-        _check_writing(options)
+        check_writing(options)
     text = open_text(options.file, options.member, options.heads, options.activation, options.end_of_text)
     towers = [text]
     if options.whole:
@@ -166,7 +166,7 @@ def lora(options: argparse.Namespace) -> object:
     }
 
 
-def _check_writing(options: argparse.Namespace) -> None:
+def check_writing(options: argparse.Namespace) -> None:
     from ..layouts import targets
 
     paths = targets(options.out, options.layout)

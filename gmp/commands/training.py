@@ -1,10 +1,9 @@
-"""repair and measure."""
+"""repair: a whole repair from the command line."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Generator
 
 from ..errors import InputError
 from ..events import Event
@@ -94,44 +93,3 @@ def _rate(text: str) -> tuple[str, float]:
         return pattern, float(factor)
     except ValueError:
         raise InputError(f"rate {text!r} is not of the form PATTERN=FACTOR, such as token_embedding*=0.1") from None
-
-
-def measure(options: argparse.Namespace) -> object:
-    answer = show(_measured(options))
-    for direction in ("text_to_image", "image_to_text"):
-        recalls = ", ".join(f"recall@{k} {answer[f'recall_at_{k}_{direction}']:.3f}" for k in (1, 5, 10))
-        print(
-            f"{direction.replace('_', ' ')}: {recalls}, median rank {answer[f'median_rank_{direction}']}, "
-            f"mean rank {answer[f'mean_rank_{direction}']:.1f}"
-        )
-    for point, moved in answer["drift"].items():
-        print(f"{point}: cosine to the original {moved['cosine']:.4f}, relative norm {moved['relative_norm']:.3f}")
-    for note in answer["notes"]:
-        print(note)
-    for name, reason in answer["broken"].items():
-        print(f"left out: {name} ({reason})")
-    return answer
-
-
-def _measured(options: argparse.Namespace) -> Generator[Event, None, Event]:
-
-    from ..data.captions import read_index
-    from ..features import default_cache, embed_index
-    from ..join import join, text_tower, unlike
-    from ..measure import measure_tower
-    from ..tokenizer import tokenizer_for
-
-    index = read_index(options.images, options.captions, options.allow_missing)
-    text, vision, original = read_towers(options)
-    joined = join(text, vision, original)
-    place, cache = device(options.device), options.cache or default_cache()
-    clip = joined.build().to(place)
-    index, pictures, broken = yield from embed_index(clip.visual, index, cache)
-    tokens = tokenizer_for(text.config.context_length, text.source.member)(index.captions())
-    difference = original and unlike(text, original)
-    reference = text_tower(original, joined).to(place) if original and not difference else None
-    return measure_tower(clip, pictures, tokens.ids, index.owners(), reference) | {
-        "notes": [f"drift is not measured: {difference}"] if difference else [],
-        "broken": broken,
-        "captions cut to the context length": tokens.truncated,
-    }

@@ -1,0 +1,171 @@
+"""scan and blend: how much of a repair to take, and taking it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import InputError
+from ..terminal import show
+from .files import check_writing
+from .towers import check_new, device
+
+if TYPE_CHECKING:
+    from ..layouts import TowerFile
+    from ..strength import Curve, Scan
+
+WAYS = ("weights", "r_and_theta", "r", "theta")  # gmp.blend.ALONG, which would import torch
+TARGETS = ("sdxl", "sd1", "flux")
+
+
+def scan_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_ends(parser)
+    parser.add_argument("--original", type=Path, required=True, metavar="CLIP", help="the full original CLIP")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="pictures to measure recall on, not trained on")
+    parser.add_argument(
+        "--captions", type=Path, metavar="FILE", help='JSON {"sub/01.jpg": ["caption", …]}; without: .txt files beside'
+    )
+    parser.add_argument("--allow-missing", action="store_true", help="leave out pictures that are named but not there")
+    parser.add_argument(
+        "--target", choices=TARGETS, default="sdxl", help="whose read point counts (sdxl; SD2, SD3 too)"
+    )
+    parser.add_argument(
+        "--along", choices=WAYS, action="append", help="what moves (weights); more than once to compare"
+    )
+    parser.add_argument("--points", type=int, default=13, help="strengths from 0 to 1.2 (13)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where scan.png and scan.json go")
+    parser.add_argument("--force", action="store_true", help="replace what exists")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps or auto, the best there is (auto)")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="for picture features (~/.cache/gmp)")
+
+
+def blend_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_ends(parser)
+    parser.add_argument(
+        "--strength", type=float, required=True, help="0: broken, 1: repaired, up to 1.2: beyond, as `scan` suggests"
+    )
+    parser.add_argument("--along", choices=WAYS, default="weights", help="what moves (weights)")
+    parser.add_argument("--original", type=Path, metavar="FILE", help="the original, for --toward-original")
+    parser.add_argument(
+        "--toward-original", type=float, default=0.0, help="share of the way from the blend to the original (0)"
+    )
+
+
+def _add_ends(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--broken", type=Path, required=True, metavar="FILE", help="the encoder before the repair")
+    parser.add_argument("--repaired", type=Path, required=True, metavar="FILE", help="the encoder after it")
+
+
+def scan(options: argparse.Namespace) -> object:
+    from ..data.captions import read_index
+    from ..features import default_cache
+    from ..layouts import read_lender, read_vision
+    from ..plots.figure import save
+    from ..plots.strength import plot_scan
+    from ..strength import even
+    from ..strength import scan as measure
+    from ..tokenizer import tokenizer_for
+
+    if options.captions and not options.images:
+        raise InputError("--captions needs --images, the folder with the pictures")
+    written = [options.out / name for name in ("scan.png", "scan.json")] if options.out else []
+    check_new(written, options.force)
+    index = read_index(options.images, options.captions, options.allow_missing) if options.images else None
+    broken, repaired = _read_ends(options)
+    vision = read_vision(options.original, options.vision_heads, options.activation)
+    original, sentence = read_lender(options.original, broken.source.member, options.heads, options.activation)
+    if original is None:
+        raise InputError(f"{options.original.name} was given as the original: {sentence}")
+    found = show(
+        measure(
+            broken,
+            repaired,
+            original,
+            vision,
+            tokenizer_for(broken.config.context_length, broken.source.member),
+            index,
+            target=options.target,
+            along=options.along or WAYS[:1],
+            strengths=even(options.points),
+            cache=options.cache or default_cache(),
+            device=device(options.device),
+        )
+    )
+    print("\n".join(lines(found)))
+    answer = found.as_json()
+    if written:
+        options.out.mkdir(parents=True, exist_ok=True)
+        save(plot_scan(found), written[0])
+        written[1].write_text(json.dumps(answer, indent=1, allow_nan=False), encoding="utf-8")
+        print(f"written: {', '.join(map(str, written))}")
+    return answer
+
+
+def lines(scan: Scan) -> list[str]:
+    """A table for every way of blending, the suggested strength marked, and the warnings."""
+    text = []
+    for curve in scan.curves:
+        at = "none" if curve.suggested.strength is None else f"{curve.suggested.strength:g}"
+        text += [*_table(scan, curve), f"suggested strength along {curve.along}: {at}, {curve.suggested.reason}", ""]
+    return text[:-1] + [f"note: {words}" for words in scan.warnings]
+
+
+def _table(scan: Scan, curve: Curve) -> list[str]:
+    recall = curve.points[0].recall is not None
+    where = "".join(f"  {name:<46}" for name in scan.read_points).rstrip()
+    each = "    CKA  rank corr.  apart  to original  to broken"
+    text = [
+        f"along {curve.along:<10}" + "  recall@1 (95 %)    " * recall + where,
+        "  strength      " + " " * 21 * recall + each * len(scan.read_points),
+    ]
+    for point in curve.points:
+        mark = "→" if point.strength == curve.suggested.strength else " "
+        row = f"{mark} {point.strength:<14.4g}"
+        if recall:
+            row += f"  {point.recall.value:.3f} ({point.recall.low:.3f}–{point.recall.high:.3f})"
+        for name in scan.read_points:
+            structure, original, broken = (
+                point.structure[name], point.from_original[name], point.from_broken[name]
+            )  # fmt: skip
+            row += f"  {structure.cka:>5.3f}  {structure.rank_correlation:>10.3f}  {structure.told_apart:>5.2f}"
+            row += f"  {original.cosine:>11.3f}  {broken.cosine:>9.3f}"
+        text.append(row)
+    return text
+
+
+def blend(options: argparse.Namespace) -> object:
+    from ..blend import blend_encoders
+    from ..geometric import split_mlps
+    from ..layouts import write_text
+
+    options.layout = options.layout or "huggingface"
+    check_writing(options)
+    broken, repaired = _read_ends(options)
+    original = _read(options, options.original, broken.source.member) if options.original else None
+    made = blend_encoders(
+        broken, repaired, options.strength, options.along, original, options.toward_original
+    )  # fmt: skip
+    state = split_mlps(made.state) if options.layout == "gmp" else made.state
+    about = {"layout": options.layout, "dtype": options.dtype, "config": made.config, "metadata": made.source.metadata}
+    write_text(state, options.out, **about)
+    print(made.source.notes[-1])
+    print(f"written: {options.out}")
+    return {"out": str(options.out), **json.loads(made.source.metadata["gmp_blend"])}
+
+
+def _read_ends(options: argparse.Namespace) -> tuple[TowerFile, TowerFile]:
+    """Broken and repaired; the member of the first is looked for in the second."""
+    broken = _read(options, options.broken, options.member)
+    return broken, _read(options, options.repaired, broken.source.member)
+
+
+def _read(options: argparse.Namespace, path: Path, member: str | None) -> TowerFile:
+    from ..layouts import read_text
+
+    file = read_text(path, member, options.heads, options.activation, options.end_of_text)
+    for sentence in file.source.assumptions:
+        print(f"{path.name}: assumed: {sentence}", file=sys.stderr)
+    return file

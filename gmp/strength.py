@@ -1,0 +1,396 @@
+"""How much of a repair to take: broken to repaired and a little past it, measured at every strength.
+
+Three things are watched, since none stands for the others: recall, which sees only `projected`; the arrangement of
+prompts at the read points (gmp/structure.py), which is what a diffusion model can tell apart; and drift, from the
+original and from the broken encoder, whose states the paired diffusion model was trained with. The strength that is
+suggested is the smallest that has nearly all of the gain in recall and in structure, never in one of them alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PureWindowsPath
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import READ_POINTS
+from .blend import ALONG, STRONGEST, blend
+from .clip import TextTower, VisionTower, load
+from .data.captions import Index, split
+from .errors import InputError
+from .evaluate import Document, Tokenize, document
+from .events import Event, Result
+from .features import content_keys, embed_pictures
+from .join import Joined, join, text_tower, unlike
+from .layouts import Source, TowerFile
+from .layouts.canonical import is_vision
+from .measure import SUMMARY, Drift, Interval, embed_captions, interval, rank_pairs, resample
+from .prompts import prompts
+from .structure import Structure, compare_structure, prompt_vectors
+
+POINTS = 13
+ENOUGH = 0.95  # of the best gain
+LEAST = 0.01  # recall, or agreement of structure, that counts as a gain or a loss
+FEW = 50  # pictures below which no interval says how certain recall is: resampling equal hits gives equal hits
+WIDE = 0.1  # of the interval of a gain in recall; a larger gain may have an interval as wide as itself
+MOST = 1000  # pictures that recall is measured on
+DRIFT_PROMPTS = 32  # at the full context length, of every kind
+# Target -> where its diffusion model reads the encoder. SDXL's and SD3's clip_g is read at `projected` too.
+TARGETS = {"sdxl": ("penultimate",), "sd1": ("last",), "flux": ("pooled",)}
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured at one strength."""
+
+    strength: float
+    recall: Interval | None  # recall@1, mean of both directions; None without pictures
+    recall_gain: Interval | None  # recall minus that of strength 0, resampled in pairs
+    structure: dict[str, Structure]  # by read point, against the original
+    from_original: dict[str, Drift]  # by read point
+    from_broken: dict[str, Drift]
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A strength to take, None if the measurements do not allow one, and why."""
+
+    strength: float | None
+    reason: str  # a sentence
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The strengths along one way of blending."""
+
+    along: str
+    points: tuple[Point, ...]
+    suggested: Suggestion
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A repair at growing strength, for one target."""
+
+    target: str
+    read_points: tuple[str, ...]  # that the target reads
+    curves: tuple[Curve, ...]
+    broken: Source
+    repaired: Source
+    original: Source
+    vision: Source | None  # None without pictures
+    pictures: int
+    captions: int
+    warnings: tuple[str, ...]
+
+    @property
+    def suggested(self) -> Suggestion:
+        """That of the first way of blending, which is the one that was asked for first."""
+        return self.curves[0].suggested
+
+    def as_json(self) -> Document:
+        """The measurement document of kind "scan"; `encoder` is the repaired one."""
+        about = {"target": self.target, "read_points": self.read_points}
+        none = [
+            f"no strength is suggested along {c.along}: {c.suggested.reason}"
+            for c in self.curves
+            if c.suggested.strength is None
+        ]
+        name = PureWindowsPath(self.broken.path).name
+        curve = {
+            "broken": {"path": name, "sha256": self.broken.sha256, "member": self.broken.member},
+            "pictures": self.pictures,
+            "captions": self.captions,
+            "ways": [
+                {"along": c.along, "points": [asdict(p) for p in c.points], "suggested": asdict(c.suggested)}
+                for c in self.curves
+            ],
+        }
+        return document(
+            "scan",
+            self.repaired,
+            self.original,
+            self.vision,
+            curve=about | curve,
+            suggested=about | {"along": self.curves[0].along} | asdict(self.suggested),
+            warnings=[*self.warnings, *none],
+        )
+
+
+def read_points(target: str, member: str | None) -> tuple[str, ...]:
+    """Where the target's diffusion model reads this encoder. Raises InputError for an unknown target."""
+    if target not in TARGETS:
+        raise InputError(f"target {target!r} is not one of {', '.join(TARGETS)}")
+    return (*TARGETS[target], "projected") if (target, member) == ("sdxl", "clip_g") else TARGETS[target]
+
+
+def even(points: int) -> tuple[float, ...]:
+    """Strengths in equal steps from 0 to `STRONGEST`, and 1, the repair itself. Raises InputError for fewer than 3."""
+    if points < 3:
+        raise InputError(f"{points} strengths make no curve; take at least 3, {POINTS} are usual")
+    return tuple(sorted({round(STRONGEST * i / (points - 1), 4) for i in range(points)} | {1.0}))
+
+
+# ---- the suggestion -------------------------------------------------------------------------------------------------
+
+
+def knee(strengths: Sequence[float], curves: Mapping[str, Sequence[float]]) -> Suggestion:
+    """The smallest strength from which nothing that is watched improves much any more.
+
+    curves: by what it measures, values at the strengths, of which the first is 0; higher is better. A curve gains if
+    its highest value is at least `LEAST` above its first one. Strengths at which any curve is `LEAST` below its first
+    value are left out. Of the others it is the smallest that has `ENOUGH` of the best gain of every curve that gains;
+    where none has, the smallest that has `ENOUGH` of the share that the best of them has of every gain. It is 0 where
+    no curve gains, or whatever gains costs another one. No suggestion where a value is not a number.
+    """
+    if bad := [name for name, values in curves.items() if not all(map(math.isfinite, values))]:
+        return Suggestion(None, f"{' and '.join(bad)} cannot be measured at every strength")
+    gains = {name: [value - values[0] for value in values] for name, values in curves.items()}
+    best = {name: max(values) for name, values in gains.items() if max(values) >= LEAST}
+    every = " and ".join(curves)
+    if not best:
+        return Suggestion(0.0, f"no strength improves {every}")
+    allowed = [i for i in range(len(strengths)) if all(values[i] > -LEAST for values in gains.values())]
+    shares = {i: min(gains[name][i] / gain for name, gain in best.items()) for i in allowed}
+    most = max(shares.values())
+    worse = [name for name, values in gains.items() if min(values) <= -LEAST]
+    if most <= 0:
+        words = f"improves only where {' and '.join(worse)} gets worse" if worse else "never improve at one strength"
+        return Suggestion(0.0, f"{' and '.join(best)} {words}")
+    at = min(i for i, share in shares.items() if share >= ENOUGH * min(most, 1.0))
+    words = f"the smallest strength with {ENOUGH:.0%} of the best gain in {' and '.join(best)}"
+    if most < ENOUGH:
+        loss = f" without a loss in {' and '.join(worse)}" if worse else ""
+        words = (
+            f"no strength has {ENOUGH:.0%} of the best gain in {' and '.join(best)}{loss}; this one has "
+            f"{shares[at]:.0%} of each, and no other one notably more"
+        )
+    if still := [name for name in curves if name not in best]:
+        words += f"; {' and '.join(still)} improves at none"
+    return Suggestion(strengths[at], words)
+
+
+def suggest(points: Sequence[Point], at: Sequence[str], pictures: int) -> Suggestion:
+    """`knee` of recall, where there are pictures, and of structure at the read points.
+
+    Structure is the lower one of CKA and rank correlation with the original. No suggestion where recall is too
+    uncertain: below `FEW` pictures, or where the interval of its gain is at any strength wider than `WIDE` and than the
+    best gain.
+    """
+    curves: dict[str, list[float]] = {}
+    if points[0].recall is not None:
+        curves["recall"] = [point.recall.value for point in points]
+        best = max(point.recall_gain.value for point in points)
+        width = max(point.recall_gain.high - point.recall_gain.low for point in points)
+        if pictures < FEW or width > max(WIDE, best):
+            found = f"its best gain is {best:.2f}, with a 95 % interval up to {width:.2f} wide"
+            return Suggestion(None, f"{pictures} pictures are too few to measure recall ({found})")
+    for name in at:
+        curves[f"structure at {name}"] = [agreement(point.structure[name]) for point in points]
+    return knee([point.strength for point in points], curves)
+
+
+def agreement(structure: Structure) -> float:
+    """The lower one of CKA and rank correlation: at most 1, which is the original's arrangement of prompts."""
+    return min(structure.cka, structure.rank_correlation)
+
+
+# ---- the measurement ------------------------------------------------------------------------------------------------
+
+
+def scan(
+    broken: TowerFile,
+    repaired: TowerFile,
+    original: TowerFile,
+    vision: TowerFile,
+    tokenize: Tokenize,
+    index: Index | None = None,
+    *,
+    target: str = "sdxl",
+    along: Sequence[str] = ("weights",),
+    strengths: Sequence[float] = even(POINTS),
+    texts: Sequence[str] | None = None,
+    cache: Path,
+    device: torch.device,
+) -> Generator[Event, None, Scan]:
+    """Measures every strength along every way of blending; yields progress events.
+
+    index: captioned pictures for recall, at most `MOST` of them; where the repaired encoder's file tells that it was
+    trained on them, those that its run held out. strengths: rising from 0. texts: prompts whose structure is measured;
+    None takes the shipped ones. Raises InputError for encoders that do not belong together and settings that cannot be.
+    """
+    at = read_points(target, repaired.source.member or broken.source.member)
+    _check(broken, repaired, original, strengths, along)
+    parts = {name: join(file, vision, original) for name, file in (("broken", broken), ("repaired", repaired))}
+    base, end = (_text_state(joined) for joined in parts.values())
+    blend(base, end, 0)  # refuses what does not belong together before pictures are embedded
+    texts = [prompt.text for prompt in prompts()] if texts is None else list(texts)
+    pairs, warnings = None, []
+    if index is not None:
+        pairs = yield from _pairs(index, repaired, parts["broken"], tokenize, cache, device, warnings)
+    tower = load(TextTower, parts["broken"].config.text, base).requires_grad_(False).to(device)
+    step = {"type": "progress", "stage": "measure strengths", "done": 0, "total": 2 + len(along) * (len(strengths) - 1)}
+    yield step
+    watched = _Watched(tokenize(texts).ids, text_tower(original, parts["broken"]).to(device))
+    yield (step := step | {"done": 1})
+    curves, first, samples = [], None, None
+    for way in along:
+        points = []
+        for strength in strengths:
+            if strength == 0 and first is not None:
+                points.append(first)
+                continue
+            tower.load_state_dict(blend(base, end, strength, way))
+            recall = None if pairs is None else (yield from _in_place_of(step, _recall(tower, pairs)))
+            samples = recall if samples is None else samples
+            points.append(watched.point(tower, strength, recall, samples))
+            first = first or points[0]
+            yield (step := step | {"done": step["done"] + 1})
+        curves.append(Curve(way, tuple(points), suggest(points, at, len(pairs.features) if pairs else 0)))
+    counts = (len(pairs.features), len(pairs.ids)) if pairs else (0, 0)
+    sources = broken.source, repaired.source, original.source, vision.source if pairs else None
+    return Scan(target, at, tuple(curves), *sources, *counts, tuple(warnings))
+
+
+def _check(
+    broken: TowerFile, repaired: TowerFile, original: TowerFile, strengths: Sequence[float], along: Sequence[str]
+) -> None:
+    if difference := next((d for file in (broken, repaired) if (d := unlike(file, original))), None):
+        raise InputError(f"structure and drift cannot be measured: {difference}; give the original of this encoder")
+    rising = all(a < b for a, b in zip(strengths, strengths[1:], strict=False))
+    if len(strengths) < 3 or strengths[0] != 0 or not rising or strengths[-1] > STRONGEST:
+        raise InputError(f"strengths are {list(strengths)}; give at least 3, rising from 0 to {STRONGEST} at the most")
+    if not along or len(set(along)) < len(along) or not set(along) <= set(ALONG):
+        raise InputError(
+            f"along is {', '.join(along) or 'empty'}; give one or several of {', '.join(ALONG)}, each once"
+        )
+
+
+def _text_state(joined: Joined) -> dict[str, Tensor]:
+    return {name: t for name, t in joined.state.items() if not is_vision(name) and name != "logit_scale"}
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Captioned pictures: features (pictures, embed_dim), ids (captions, context), and each caption's picture."""
+
+    features: Tensor
+    ids: Tensor
+    owners: list[int]
+
+
+def _pairs(
+    index: Index,
+    repaired: TowerFile,
+    joined: Joined,
+    tokenize: Tokenize,
+    cache: Path,
+    device: torch.device,
+    warnings: list[str],
+) -> Generator[Event, None, _Pairs]:
+    """The pictures that recall is measured on, embedded or taken from the cache."""
+    names = [picture.path for picture in index.pictures]
+    keys = dict(zip(names, (yield from content_keys(index.root, names, cache)), strict=True))
+    held_out = _held_out(index, keys, repaired)
+    if held_out is None:
+        warnings.append("recall may count pictures that the repair was trained on: its file tells of none held out")
+    if (count := held_out or MOST) < len(index):
+        _, index = split(index, keys, count)
+        names = [picture.path for picture in index.pictures]
+    state = {name.removeprefix("visual."): t for name, t in joined.state.items() if is_vision(name)}
+    vision = load(VisionTower, joined.config.vision, state).requires_grad_(False).to(device)
+    found, broken = yield from embed_pictures(vision, index.root, names, [keys[name] for name in names], cache)
+    index = index.without(broken)
+    warnings += [f"left out: {name} ({reason})" for name, reason in broken.items()]
+    features = torch.stack([found[picture.path] for picture in index.pictures])
+    return _Pairs(features, tokenize(index.captions()).ids, index.owners())
+
+
+def _held_out(index: Index, keys: Mapping[str, str], repaired: TowerFile) -> int | None:
+    """How many of these pictures the run of the repaired encoder held out, None if its file tells of no such ones.
+
+    0 for a run over other data: of these, as far as is known, it was trained on none. keys: by picture, `content_keys`.
+    """
+    try:
+        run = json.loads(repaired.source.metadata["gmp_run"])
+        share, most, dataset = run["config"]["held_out"], run["config"]["held_out_most"], run["dataset"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    captions = [(picture.path, keys[picture.path], picture.captions) for picture in index.pictures]
+    if hashlib.sha256(json.dumps(captions).encode()).hexdigest() != dataset:  # as `run.describe_run` tells a data set
+        return 0
+    return min(max(2, round(share * len(index))), most, len(index) // 2) if share else None
+
+
+def _recall(tower: TextTower, pairs: _Pairs) -> Generator[Event, None, tuple[float, Tensor]]:
+    """recall@1, mean of both directions, and its bootstrap samples, which are paired with those of other towers."""
+    features = yield from embed_captions(tower, pairs.ids)
+    places = yield from rank_pairs(pairs.features, features, pairs.owners)
+    samples = yield from resample(places)
+    column = SUMMARY.index("recall_at_1")
+    hits = [(ranks == 0).double().mean().item() for ranks in (places.text_to_image, places.image_to_text)]
+    return sum(hits) / 2, sum(rows[:, column] for rows in samples.values()) / 2
+
+
+def _in_place_of(step: Event, events: Generator[Event, None, Result]) -> Generator[Event, None, Result]:
+    """A part of a step, which shows the step's progress: a bar per strength would show none."""
+    while True:
+        try:
+            next(events)
+        except StopIteration as end:
+            return end.value
+        yield step
+
+
+class _Watched:
+    """The prompts, and what the original and the broken encoder make of them, computed once."""
+
+    def __init__(self, ids: Tensor, original: TextTower):
+        self.ids = ids
+        self.few = ids[:: max(1, len(ids) // DRIFT_PROMPTS)]  # of every kind
+        self.original = prompt_vectors(original, ids)
+        self.rows = rows(original, self.few)
+        self.broken: dict[str, Tensor] | None = None
+
+    def point(
+        self, tower: TextTower, strength: float, recall: tuple[float, Tensor] | None, start: tuple[float, Tensor] | None
+    ) -> Point:
+        """What there is to know of a tower; the first one that is asked for is the broken one."""
+        states = rows(tower, self.few)
+        self.broken = self.broken or states
+        return Point(
+            strength,
+            recall and interval(*recall),
+            recall and interval(recall[0] - start[0], recall[1] - start[1]),
+            compare_structure(prompt_vectors(tower, self.ids), self.original),
+            row_drift(states, self.rows),
+            row_drift(states, self.broken),
+        )
+
+
+@torch.no_grad()
+def rows(tower: TextTower, ids: Tensor, batch: int = 32) -> dict[str, Tensor]:
+    """Every row that a diffusion model can read, by read point: (N, L) -> (N · L, D), or (N, D) where one is read."""
+    device = tower.positional_embedding.device
+    found: dict[str, list[Tensor]] = {point: [] for point in READ_POINTS}
+    for chunk in ids.split(batch):
+        points = tower(chunk.to(device))
+        for name, states in found.items():
+            states.append(getattr(points, name).flatten(0, -2).float().cpu())
+    return {name: torch.cat(states) for name, states in found.items()}
+
+
+def row_drift(states: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Drift]:
+    """Drift at every read point between rows of two towers, as `measure.drift` computes it from the towers."""
+    found = {}
+    for name, mine in states.items():
+        x, y = mine.double(), others[name].double()
+        cosine = F.cosine_similarity(x, y, dim=-1).mean().item()
+        found[name] = Drift(cosine, 1 - cosine, (x.norm(dim=-1) / y.norm(dim=-1)).mean().item())
+    return found
