@@ -5,14 +5,18 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from . import host, routes
+from .compare import CompareCLIPs, InspectGmP
 from .dataset import CaptionDataset, DatasetFromLists
 from .demo import DemoWorld
+from .diagnose import Diagnose
 from .inspect import InspectFile
 from .join import ReassembleCLIP
 from .load import LoadTextEncoder, LoadVisionTower, TextEncoderFromCLIP
+from .measure import MeasureCLIP
 from .repair import Repair
 from .result import ApplyToCLIP, RepairedTextEncoder
 from .save import SaveTextEncoder
+from .strength import BlendTextEncoders, StrengthScan
 
 NODES: list[type[io.ComfyNode]] = [
     LoadTextEncoder,
@@ -26,7 +30,13 @@ NODES: list[type[io.ComfyNode]] = [
     ApplyToCLIP,
     SaveTextEncoder,
     InspectFile,
+    CompareCLIPs,
+    InspectGmP,
+    MeasureCLIP,
+    BlendTextEncoders,
+    StrengthScan,
     DemoWorld,
+    Diagnose,
 ]
 
 

@@ -66,8 +66,8 @@ class RepairedTextEncoder(io.ComfyNode):
                     "which",
                     options=["latest", "best", "step"],
                     default="latest",
-                    tooltip="latest: the newest saved step. best: by best_by of GmP Repair, on pictures that are not trained on. "
-                    "step: the one given below.",
+                    tooltip="latest: the newest saved step. best: by best_by of GmP Repair, on pictures that are not "
+                    "trained on. step: the one given below.",
                 ),
                 io.Int.Input(
                     "step",
@@ -84,7 +84,14 @@ class RepairedTextEncoder(io.ComfyNode):
                     "Off: take what is there now.",
                 ),
             ],
-            outputs=[TextEncoder.Output(display_name="text_encoder", tooltip="The repaired text encoder.")],
+            outputs=[
+                TextEncoder.Output(display_name="text_encoder", tooltip="The repaired text encoder."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="Link to the page about the run, below ComfyUI's address: what it has changed, and how it "
+                    "went.",
+                ),
+            ],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -102,8 +109,9 @@ class RepairedTextEncoder(io.ComfyNode):
             if state.state == "finished":
                 words = f"No step of the run {run.id} was better than its start; take the latest one."
             routes.show_text(cls, words)
-            return io.NodeOutput(None, block_execution=words)
-        return routes.with_text(cls, f"{encoder.source.path} of run {run.id}, {runs.status_of(run.id)}", encoder)
+            return io.NodeOutput(None, None, block_execution=words)
+        text = f"{encoder.source.path} of run {run.id}, {runs.status_of(run.id)}"
+        return routes.with_text(cls, text, encoder, f"/gmp/runs/{run.id}/report")
 
 
 class ApplyToCLIP(io.ComfyNode):
@@ -131,10 +139,11 @@ class ApplyToCLIP(io.ComfyNode):
                     "strength",
                     default=1.0,
                     min=0.0,
-                    max=1.0,
+                    max=1.2,
                     step=0.01,
                     display_mode=io.NumberDisplay.slider,
-                    tooltip="1: the given encoder. 0: the CLIP as it was. Between: a blend of the weights.",
+                    tooltip="1: the given encoder. 0: the CLIP as it was. Between: a blend of the weights. Above 1: "
+                    "past it, in the same direction.",
                 ),
             ],
             outputs=[

@@ -264,7 +264,12 @@ async def _picture(request: web.Request) -> web.StreamResponse:
 
 async def _report(request: web.Request) -> web.Response:
     folder = _folder(request)
-    page = await asyncio.to_thread(lambda: report(folder, runs.watch, host.without_folders))
+
+    def make() -> str:
+        history, state = runs.watch.history(folder, 0), runs.overview(folder.name)["text"]
+        return report(folder, history, state, host.without_folders)
+
+    page = await asyncio.to_thread(make)
     headers = {"Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; sandbox"}
     return web.Response(text=page, content_type="text/html", headers=headers)
 

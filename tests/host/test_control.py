@@ -230,11 +230,16 @@ def test_the_newest_figures_are_those_that_were_recorded(host, run):
 
 
 def test_a_finished_run_has_a_report_and_a_picture(host, nodes):
-    result = host.run(waiting(nodes, 108, epochs=1))
+    prompt = waiting(nodes, 108, epochs=1)
+    prompt["told"] = {"class_type": "PreviewAny", "inputs": {"source": ["GmPRepairedTextEncoder", 1]}}
+    result = host.run(prompt)
     assert result.status == "success", result.error
     run = max(host.runs().values(), key=lambda one: one["started"])["run"]
-    page = host.text(f"/gmp/runs/{run}/report")
+    (link,) = result.outputs["told"]
+    assert link == f"/gmp/runs/{run}/report"
+    page = host.text(link)
     assert "Before and after" in page and "data:image/png;base64," in page and str(host.base) not in page
+    assert "Verdict" in page and "GmPReassembleCLIP" in page and "What is missing" not in page
     assert "<script" not in page
     assert host.get(f"/gmp/runs/{run}")["pictures"] == ["loss.png"]
     config = host.get(f"/gmp/runs/{run}/config")

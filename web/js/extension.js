@@ -11,6 +11,7 @@ import { addRunWidget, runOf } from "./run_widget.js";
 import { ask } from "./server.js";
 import { POLL_SECONDS, SETTINGS, SMOOTHING, WHILE_GENERATING } from "./settings.js";
 import { Store } from "./store.js";
+import { addStrengthButton } from "./strength.js";
 import { strings } from "./strings.js";
 import { toasts } from "./toasts.js";
 
@@ -25,6 +26,7 @@ const SIZES = {
   GmPReassembleCLIP: [380, 260],
   GmPRepair: [400, 560],
   GmPSaveTextEncoder: [380, 420],
+  GmPStrengthScan: [400, 420],
 };
 const SIDEBAR = "gmp-runs";
 const BOTTOM = "gmp-runs-wide";
@@ -44,6 +46,12 @@ const tell = toasts({
   details: (id) => ask(fetch, `/gmp/runs/${id}`),
   queue: () => app.queuePrompt(0, 1),
 });
+/** Lets a change that a script made be undone. */
+function noteChange() {
+  const tracker = app.extensionManager.workflow?.activeWorkflow?.changeTracker;
+  (tracker?.captureCanvasState ?? tracker?.checkState)?.call(tracker);
+}
+
 const store = new Store({
   fetch,
   client: () => api.clientId ?? undefined,
@@ -67,10 +75,7 @@ const actions = runActions({
   confirm: async (title, message) =>
     (await app.extensionManager.dialog.confirm({ title, message, type: "delete" })) === true,
   open: (path) => window.open(api.apiURL(path), "_blank", "noopener"),
-  changed: () => {
-    const tracker = app.extensionManager.workflow?.activeWorkflow?.changeTracker;
-    (tracker?.captureCanvasState ?? tracker?.checkState)?.call(tracker);
-  },
+  changed: noteChange,
 });
 /** @type {import("./panel.js").Page} */
 const page = {
@@ -133,6 +138,18 @@ function runWidget(node) {
   widgets.set(node, shown);
 }
 
+function strengthButton(node) {
+  if (node.comfyClass !== "GmPStrengthScan") return;
+  addStrengthButton(node, {
+    t,
+    toast,
+    graph: () => app.rootGraph ?? app.graph,
+    changed: noteChange,
+    isShown: () => node.graph === app.canvas.graph,
+    wheel: (event) => app.canvas.processMouseWheel(event),
+  });
+}
+
 app.registerExtension({
   name: "text-encoder-repair",
   settings: SETTINGS.map((one) => ({ ...one, onChange: () => store.wake() })), // what is shown follows at once
@@ -161,6 +178,7 @@ app.registerExtension({
     const size = SIZES[node.comfyClass];
     fileLine(node);
     runWidget(node);
+    strengthButton(node);
     if (size) node.setSize(size.map((length, axis) => Math.max(length, node.size[axis])));
   },
   refreshComboInNodes() {

@@ -1,0 +1,97 @@
+"""Is this text encoder broken, where, and for whom?"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from comfy_api.latest import io
+
+from ..gmp.data.captions import Index
+from ..gmp.diagnose import Pictures, diagnose
+from ..gmp.diagnosis import as_document, lines
+from ..gmp.errors import InputError
+from ..gmp.events import Event, finish
+from ..gmp.layouts import TowerFile
+from ..gmp.plots.diagnosis import plot_diagnosis
+from ..gmp.plots.figure import pixels
+from ..gmp.verdict import REPAIR_TARGETS
+from . import host, routes
+from .sockets import CATEGORY, Dataset, TextEncoder, VisionPart, VisionTower
+
+TARGETS = {
+    REPAIR_TARGETS["penultimate"]: "sdxl",
+    REPAIR_TARGETS["pooled"]: "flux",
+    REPAIR_TARGETS["last"]: "sd1",
+}
+
+
+class Diagnose(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GmPDiagnose",
+            display_name="GmP Diagnose",
+            category=CATEGORY,
+            description="Tells whether a text encoder is broken, where, and for which diffusion model, held against "
+            "the original: block by block and at every place that is read. Needs no pictures.",
+            search_aliases=["is my clip broken", "check text encoder", "verdict", "health", "analyze TE", "gmp"],
+            is_output_node=True,
+            inputs=[
+                TextEncoder.Input("text_encoder", tooltip="The text encoder to look at."),
+                VisionTower.Input(
+                    "original",
+                    tooltip="The original CLIP, from Load Vision Tower; its file must have the text tower too.",
+                ),
+                io.Combo.Input(
+                    "target",
+                    options=list(TARGETS),
+                    default=next(iter(TARGETS)),
+                    tooltip="The diffusion model that the verdict and the suggested repair are for.",
+                ),
+                Dataset.Input(
+                    "dataset",
+                    optional=True,
+                    tooltip="Captioned pictures, at least 100: measures the alignment with vision, which is only "
+                    "guessed without them.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="text", tooltip="The verdict, what was trained, and every part."),
+                io.String.Output(display_name="json", tooltip="All numbers, as a measurement document."),
+                io.Image.Output(display_name="image", tooltip="Parts by measures, in the colours of the verdict."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, text_encoder: TowerFile, original: VisionPart, target: str, dataset: Index | None = None
+    ) -> io.NodeOutput:
+        if original.original is None:
+            raise InputError(
+                f"{original.vision.source.path} has no text tower to hold the encoder against; load the full original "
+                "CLIP with Load Vision Tower."
+            )
+        progress = host.Progress()
+
+        def hear(event: Event) -> None:
+            if event["type"] == "progress":
+                progress.show(event["done"], event["total"])
+            host.raise_if_interrupted()
+
+        host.make_room(2 * sum(tensor.nbytes for tensor in text_encoder.state.values()))
+        with torch.inference_mode(False):
+            events = diagnose(
+                text_encoder,
+                original.original,
+                target=TARGETS[target],
+                tokenize=host.tokenizer(text_encoder.source.member, text_encoder.config.context_length),
+                pictures=dataset and Pictures(original.vision, dataset, host.cache_folder()),
+                device=host.device(),
+            )
+            found = finish(events, hear)
+            image = torch.from_numpy(pixels(plot_diagnosis(found)))[None]
+        words = lines(found)
+        document = json.dumps(as_document(found), allow_nan=False)
+        return routes.with_text(cls, "\n· ".join(words), "\n".join(words), document, image)
