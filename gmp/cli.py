@@ -153,11 +153,12 @@ def _parser() -> argparse.ArgumentParser:
     one = add(
         "measure",
         measure.measure,
-        "Measure a text encoder on captioned pictures: retrieval, alignment, calibration, and every read point.",
+        "Measure a text encoder: retrieval, alignment and calibration on captioned pictures (--images), zero-shot "
+        "classification of pictures of classes (--classes), and every read point.",
         "measure --text clip_l.safetensors --vision ViT-L-14.safetensors --images pictures --captions captions.json",
     )
     _add_towers(one)
-    _add_data(one)
+    _add_data(one, required=False)
     measure.arguments(one)
 
     one = add(
@@ -276,8 +277,10 @@ def _add_towers(parser: argparse.ArgumentParser) -> None:
     _add_member(parser)
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder with the pictures")
+def _add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument(
+        "--images", type=Path, required=required, metavar="DIR", help="folder with the captioned pictures"
+    )
     parser.add_argument(
         "--captions",
         type=Path,

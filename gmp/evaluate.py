@@ -1,4 +1,4 @@
-"""One measurement of text encoders against captioned pictures: everything that is known of them, as one JSON document.
+"""One measurement of text encoders against pictures, captioned or sorted into classes, as one JSON document each.
 
 gmp/assets/measurement.schema.json says what a document holds, docs/measurements.md what the numbers mean. There is no
 verdict in it: that rests on the original's weights and states too, and is `gmp.diagnose`'s.
@@ -18,8 +18,9 @@ from .alignment import alignment, calibration, spread
 from .clip import TextTower, VisionTower, load
 from .data.captions import Index
 from .data.classes import Classes
+from .errors import InputError
 from .events import Event
-from .features import embed_index
+from .features import content_keys, embed_index
 from .join import Joined, join, text_tower, unlike
 from .layouts import Source, TowerFile
 from .measure import (
@@ -41,7 +42,8 @@ from .relations import relations as probe
 from .structure import LEAST, Structure, compare_structure, prompt_vectors
 from .tokenizer import Tokens
 from .typographic import Attacked, attack, draw_attack, plan_captions, plan_classes
-from .zero_shot import zero_shot
+from .unseen import unseen
+from .zero_shot import ZeroShot, gain, zero_shot
 
 VERSION = 1
 SCHEMA = Path(__file__).parent / "assets" / "measurement.schema.json"
@@ -54,25 +56,49 @@ Tokenize = Callable[[Sequence[str]], Tokens]
 
 
 @dataclass(frozen=True)
-class Held:
-    """What every encoder is held against: pictures, embedded once, and texts."""
+class Evaluation:
+    """What is known of one text encoder. The document holds the most frequent confusions of classes, zero_shot all."""
+
+    document: Document
+    zero_shot: ZeroShot | None  # None without classes
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Captioned pictures, embedded once."""
 
     index: Index  # the pictures that decode
     broken: dict[str, str]
     pictures: Tensor  # (I, E) features
     captions: Tokens
     chosen: Tensor  # (C, L) ids of some captions, spread over all pictures
+
+
+@dataclass(frozen=True)
+class Held:
+    """What every encoder is held against."""
+
+    captioned: Captioned | None
     prompts: Tensor  # (P, L) ids
     attacked: Attacked | None
 
 
 @dataclass(frozen=True)
-class Measured:
+class Found:
     """One encoder's captions and how they find their pictures."""
 
     texts: Tensor  # (T, E) features
     retrieval: Retrieval
     samples: dict[str, Tensor]  # of the bootstrap
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the encoders after the first one are compared with."""
+
+    source: Source
+    found: Found | None
+    told: ZeroShot | None
 
 
 # ---- documents ------------------------------------------------------------------------------------------------------
@@ -119,7 +145,7 @@ def evaluate(
     encoders: Mapping[str, TowerFile],
     vision: TowerFile,
     original: TowerFile | None,
-    index: Index,
+    index: Index | None,
     tokenize: Tokenize,
     *,
     cache: Path,
@@ -129,79 +155,106 @@ def evaluate(
     templates: Sequence[str] | None = None,
     typographic: bool = False,
     relations: bool = False,
-) -> Generator[Event, None, dict[str, Document]]:
+) -> Generator[Event, None, dict[str, Evaluation]]:
     """Text encoders (one; or broken, repaired and original) against the same pictures, which are embedded once.
 
-    Name of `encoders` -> document of kind "measurement". The first one is what the others are compared with (`change`).
+    Name of `encoders` -> document of kind "measurement", and all of its zero-shot classification. The first one is what
+    the others are compared with (`change`).
 
     original: lends what files lack, and is what drift and structure are held against; None leaves these out. index:
-    captioned pictures. tokenize: for all encoders. prompts: texts that structure is measured on, None takes the shipped
-    ones. classes, templates: zero-shot classification of a folder of classes. typographic: words written on pictures of
-    the classes, or else of the index. relations: captions against false ones of the same words. Yields progress events.
-    Raises InputError where towers do not belong together, and where no picture can be read.
+    captioned pictures, of which those that an encoder was trained on are left out (gmp/unseen.py); None leaves out
+    retrieval, alignment, calibration and drift, and classes are needed. tokenize: for all encoders. prompts: texts that
+    structure is measured on, None takes the shipped ones. classes, templates: zero-shot classification of pictures
+    sorted into classes. typographic: words written on pictures of the classes, or else of the index. relations:
+    captions against false ones of the same words. Yields progress events. Raises InputError where there is nothing to
+    measure on, where towers do not belong together, and where no picture can be read.
     """
+    _check(index, classes, relations)
     joined = {name: join(text, vision, original) for name, text in encoders.items()}
     first = next(iter(joined.values()))
     visual = first.build().visual.requires_grad_(False).to(device)
+    seen: list[str] = []
+    if index is not None:
+        names = [picture.path for picture in index.pictures]
+        keys = dict(zip(names, (yield from content_keys(index.root, names, cache)), strict=True))
+        index, seen = unseen(index, keys, list(encoders.values()))
     held = yield from _hold(visual, index, tokenize, cache, prompts, classes if typographic else None, typographic)
+    captioned = held.captioned
     reference = None if original is None else text_tower(original, first).to(device)
     theirs = None if reference is None else (yield from _vectors(reference, held))
-    documents: dict[str, Document] = {}
+    evaluations: dict[str, Evaluation] = {}
     before: Measured | None = None
     for name, text in encoders.items():
         tower = _text_tower(joined[name]).to(device)
         difference = original and unlike(text, original)
-        found = yield from _retrieval(tower, held, device)
-        sections = {"data": _data(held)} | _aligned(found, held, joined[name].state["logit_scale"].item())
-        if before is not None:
-            change = changes(found.retrieval, found.samples, before.retrieval, before.samples)
-            sections["change"] = {"from": named(next(iter(encoders.values())).source)} | _intervals(change)
-        before = before or found
+        sections: dict[str, object] = {}
+        found = told = None
+        if captioned is not None:
+            found = yield from _retrieval(tower, captioned, device)
+            scale = joined[name].state["logit_scale"].item()
+            sections |= {"data": _data(captioned)} | _aligned(found, captioned, scale)
         if classes is not None:
             told = yield from zero_shot(tower, visual, tokenize, classes, cache, templates=templates)
             sections["zero_shot"] = told.as_json()
+        if before is not None:
+            sections["change"] = _change(found, told, before)
+        before = before or Measured(text.source, found, told)
         if held.attacked is not None:
             read = yield from attack(tower, tokenize, held.attacked, templates=templates)
             sections["typographic"] = read.as_json()
         if relations:
-            told = yield from probe(tower, tokenize, held.index, held.pictures)
-            sections["relations"] = told.as_json()
+            related = yield from probe(tower, tokenize, captioned.index, captioned.pictures)
+            sections["relations"] = related.as_json()
         mine = yield from _vectors(tower, held)
         sections |= _structures(mine, None if difference else theirs)
-        if reference is not None and not difference:
-            drift = yield from compare_states(tower, reference, held.chosen)
+        if captioned is not None and reference is not None and not difference:
+            drift = yield from compare_states(tower, reference, captioned.chosen)
             sections["drift"] = {point: asdict(one) for point, one in drift.items()}
-        warnings = [*joined[name].assumptions, *_lacking(original, difference), *_doubts(held, found, sections)]
+        warnings = [
+            *joined[name].assumptions,
+            *seen,
+            *_lacking(original, difference),
+            *_doubts(captioned, found, told, sections),
+        ]
         source = original and original.source
-        documents[name] = document("measurement", text.source, source, vision.source, **sections, warnings=warnings)
-    return documents
+        made = document("measurement", text.source, source, vision.source, **sections, warnings=warnings)
+        evaluations[name] = Evaluation(made, told)
+    return evaluations
+
+
+def _check(index: Index | None, classes: Classes | None, relations: bool) -> None:
+    if index is None and classes is None:
+        raise InputError(
+            "There are no pictures to measure on: give captioned pictures, pictures sorted into classes, or both."
+        )
+    if index is None and relations:
+        raise InputError("Relations are measured on captions, and there are none: give captioned pictures, too.")
 
 
 def _hold(
     visual: VisionTower,
-    index: Index,
+    index: Index | None,
     tokenize: Tokenize,
     cache: Path,
     prompts: Sequence[str] | None,
     classes: Classes | None,
     typographic: bool,
 ) -> Generator[Event, None, Held]:
-    index, pictures, broken = yield from embed_index(visual, index, cache)
-    attacked = None
+    captioned = attacked = None
+    if index is not None:
+        captioned = yield from _embed(visual, index, tokenize, cache)
     if typographic:
-        plan = plan_captions(index) if classes is None else plan_classes(classes)
+        plan = plan_captions(captioned.index) if classes is None else plan_classes(classes)
         attacked = yield from draw_attack(visual, plan, cache)
     texts = [prompt.text for prompt in shipped_prompts()] if prompts is None else prompts
+    return Held(captioned, tokenize(texts).ids, attacked)
+
+
+def _embed(visual: VisionTower, index: Index, tokenize: Tokenize, cache: Path) -> Generator[Event, None, Captioned]:
+    index, pictures, broken = yield from embed_index(visual, index, cache)
     captions = [index.pictures[i].captions[0] for i in spread(len(index), DRIFT_CAPTIONS).tolist()]
-    return Held(
-        index=index,
-        broken=broken,
-        pictures=pictures,
-        captions=tokenize(index.captions()),
-        chosen=tokenize(list(dict.fromkeys(captions))).ids,
-        prompts=tokenize(texts).ids,
-        attacked=attacked,
-    )
+    chosen = tokenize(list(dict.fromkeys(captions))).ids
+    return Captioned(index, broken, pictures, tokenize(index.captions()), chosen)
 
 
 def _text_tower(joined: Joined) -> TextTower:
@@ -210,38 +263,48 @@ def _text_tower(joined: Joined) -> TextTower:
     return load(TextTower, joined.config.text, state).requires_grad_(False)
 
 
-def _retrieval(tower: TextTower, held: Held, device: torch.device) -> Generator[Event, None, Measured]:
-    texts = yield from embed_captions(tower, held.captions.ids)
-    places = yield from rank_pairs(held.pictures, texts, held.index.owners(), device=device)
+def _retrieval(tower: TextTower, captioned: Captioned, device: torch.device) -> Generator[Event, None, Found]:
+    texts = yield from embed_captions(tower, captioned.captions.ids)
+    places = yield from rank_pairs(captioned.pictures, texts, captioned.index.owners(), device=device)
     samples = yield from resample(places)
-    return Measured(texts, summarize(places), samples)
+    return Found(texts, summarize(places), samples)
 
 
-def _data(held: Held) -> dict[str, object]:
-    captions = sum(held.index.caption_counts)
+def _data(captioned: Captioned) -> dict[str, object]:
+    captions = sum(captioned.index.caption_counts)
     return {
-        "images": len(held.index),
+        "images": len(captioned.index),
         "captions": captions,
-        "captions_cut": held.captions.truncated,
-        "broken": held.broken,
+        "captions_cut": captioned.captions.truncated,
+        "broken": captioned.broken,
     }
 
 
-def _aligned(found: Measured, held: Held, logit_scale: float) -> dict[str, object]:
+def _aligned(found: Found, captioned: Captioned, logit_scale: float) -> dict[str, object]:
     """Retrieval, alignment and calibration."""
-    counts, one = held.index.caption_counts, found.retrieval
+    counts, one = captioned.index.caption_counts, found.retrieval
     sections: dict[str, object] = {
         "retrieval": _intervals(with_intervals(one, found.samples)) | {"images": one.images, "captions": one.captions},
-        "alignment": asdict(alignment(held.pictures, found.texts, counts)),
+        "alignment": asdict(alignment(captioned.pictures, found.texts, counts)),
     }
     for direction in DIRECTIONS:
         sections["retrieval"][direction]["queries"] = getattr(one, direction).queries
     if one.images > 1:
-        values = asdict(calibration(held.pictures, found.texts, counts, logit_scale))
+        values = asdict(calibration(captioned.pictures, found.texts, counts, logit_scale))
         for direction in DIRECTIONS:
             values[direction]["bins"] = finite(values[direction]["bins"])  # empty ones have no accuracy
         sections["calibration"] = values
     return sections
+
+
+def _change(found: Found | None, told: ZeroShot | None, before: Measured) -> dict[str, object]:
+    """What differs from the first encoder, on the same pictures."""
+    section: dict[str, object] = {"from": named(before.source)}
+    if found is not None:
+        section |= _intervals(changes(found.retrieval, found.samples, before.found.retrieval, before.found.samples))
+    if told is not None:
+        section["zero_shot"] = {"top_1": asdict(gain(told, before.told))}
+    return section
 
 
 def _intervals(found: Mapping[str, Mapping[str, Interval]]) -> dict[str, dict[str, object]]:
@@ -250,11 +313,14 @@ def _intervals(found: Mapping[str, Mapping[str, Interval]]) -> dict[str, dict[st
 
 def _vectors(tower: TextTower, held: Held) -> Generator[Event, None, dict[str, dict[str, Tensor]]]:
     """Section -> read point -> (N, D), of the prompts and of the captions, where there are enough of them."""
+    texts = {"structure": held.prompts}
+    if held.captioned is not None:
+        texts["structure_of_captions"] = held.captioned.chosen
     found = {}
-    for done, (section, ids) in enumerate({"structure": held.prompts, "structure_of_captions": held.chosen}.items()):
+    for done, (section, ids) in enumerate(texts.items()):
         if len(ids) >= LEAST:
             found[section] = prompt_vectors(tower, ids)
-        yield {"type": "progress", "stage": "embed prompts", "done": done + 1, "total": 2}
+        yield {"type": "progress", "stage": "embed prompts", "done": done + 1, "total": len(texts)}
     return found
 
 
@@ -286,22 +352,41 @@ def _lacking(original: TowerFile | None, difference: str | None) -> list[str]:
     return [f"Drift and agreement of structure were not measured: {difference}."] if difference else []
 
 
-def _doubts(held: Held, found: Measured, sections: Mapping[str, object]) -> list[str]:
+def _doubts(
+    captioned: Captioned | None, found: Found | None, told: ZeroShot | None, sections: Mapping[str, object]
+) -> list[str]:
     """Why a number may not be what it seems."""
-    images, warnings = len(held.index), []
+    if captioned is None:
+        warnings = ["There are no captions, so retrieval, alignment, calibration and drift were not measured."]
+    else:
+        warnings = _doubts_of_captions(captioned, found, sections["retrieval"])
+    if told is not None and told.pictures < FEWEST_PICTURES:
+        warnings.append(
+            f"{told.pictures} pictures of classes are too few to judge by: read the intervals, and measure on "
+            f"{FEWEST_PICTURES} or more."
+        )
+    if told is not None and told.loose:
+        warnings.append(f"{len(told.loose)} pictures lie beside the folders of classes and were not counted.")
+    if names := [name for name, section in sections.items() if not is_finite(section)]:
+        warnings.append(f"Numbers that are not finite, or not defined here, stand as null: in {', '.join(names)}.")
+    return warnings
+
+
+def _doubts_of_captions(captioned: Captioned, found: Found, section: Mapping[str, object]) -> list[str]:
+    images, warnings = len(captioned.index), []
     if images < FEWEST_PICTURES:
         warnings.append(
             f"{images} pictures are too few to judge by: read the intervals, and measure on {FEWEST_PICTURES} or more."
         )
     for direction in DIRECTIONS:
-        one = sections["retrieval"][direction]["recall_at_1"]
+        one = section[direction]["recall_at_1"]
         if one["high"] - one["low"] > WIDEST:
             warnings.append(
                 f"recall@1 {direction.replace('_', ' ')} is known to {one['low']:.2f} … {one['high']:.2f} only: two "
                 "encoders in this range cannot be told apart by it; measure on more pictures."
             )
     owners = {}
-    for picture in held.index.pictures:
+    for picture in captioned.index.pictures:
         for caption in picture.captions:
             owners[caption] = owners.get(caption, 0) + 1
     if shared := sum(count for count in owners.values() if count > 1):
@@ -309,11 +394,9 @@ def _doubts(held: Held, found: Measured, sections: Mapping[str, object]) -> list
             f"{shared} of {found.retrieval.captions} captions stand at more than one picture, which no encoder can "
             "tell by them: recall cannot reach 1."
         )
-    if held.captions.truncated:
-        warnings.append(f"{held.captions.truncated} captions are longer than the context length and were cut.")
-    for what, features in (("captions", found.texts), ("pictures", held.pictures)):
+    if captioned.captions.truncated:
+        warnings.append(f"{captioned.captions.truncated} captions are longer than the context length and were cut.")
+    for what, features in (("captions", found.texts), ("pictures", captioned.pictures)):
         if count := sum((~rows.isfinite().all(dim=-1)).sum().item() for rows in features.split(CHUNK)):
             warnings.append(f"{count} of {len(features)} {what} have features that are not finite; they count as lost.")
-    if names := [name for name, section in sections.items() if not is_finite(section)]:
-        warnings.append(f"Numbers that are not finite, or not defined here, stand as null: in {', '.join(names)}.")
     return warnings

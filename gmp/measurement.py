@@ -11,13 +11,12 @@ READERS = {"penultimate": "SDXL, SD2, SD3", "last": "SD1", "pooled": "Flux", "pr
 
 def lines(found: Mapping[str, object]) -> list[str]:
     """What a measurement says, a line for each row of a table; also readable with single spaces between words."""
-    data = found["data"]
-    rows = [
-        f"{found['encoder']['path']} on {data['images']} pictures with {data['captions']} captions; 95 % intervals",
-        *_retrieval_lines(found["retrieval"]),
-        *_change_lines(found.get("change")),
-        *_alignment_lines(found["alignment"], found.get("calibration")),
-    ]
+    rows = [f"{found['encoder']['path']} on {_measured_on(found)}; 95 % intervals"]
+    if "retrieval" in found:
+        rows += _retrieval_lines(found["retrieval"])
+    rows += _change_lines(found.get("change"))
+    if "alignment" in found:
+        rows += _alignment_lines(found["alignment"], found.get("calibration"))
     for section, what in (("structure", "prompts"), ("structure_of_captions", "captions")):
         rows += [f"{what}:"] if section in found else []
         rows += [_structure_line(point, one) for point, one in found.get(section, {}).items()]
@@ -30,8 +29,19 @@ def lines(found: Mapping[str, object]) -> list[str]:
         for kind, one in found.get("relations", {"kinds": {}})["kinds"].items()
         if one["accuracy"]
     ]
-    rows += [f"left out: {path} ({reason})" for path, reason in data["broken"].items()]
+    for section in ("data", "zero_shot"):
+        if section in found:
+            rows += [f"left out: {path} ({reason})" for path, reason in found[section]["broken"].items()]
     return rows + [f"note: {sentence}" for sentence in found["warnings"]]
+
+
+def _measured_on(found: Mapping[str, object]) -> str:
+    parts = []
+    if "data" in found:
+        parts.append(f"{found['data']['images']} pictures with {found['data']['captions']} captions")
+    if "zero_shot" in found:
+        parts.append(f"{found['zero_shot']['pictures']} pictures of {found['zero_shot']['classes']} classes")
+    return " and ".join(parts)
 
 
 def _told(interval: Mapping[str, float | None], digits: int = 3, sign: str = "") -> str:
@@ -53,7 +63,14 @@ def _retrieval_lines(section: Mapping[str, object], sign: str = "") -> list[str]
 
 
 def _change_lines(section: Mapping[str, object] | None) -> list[str]:
-    return [f"change from {section['from']['path']}:", *_retrieval_lines(section, "+")] if section else []
+    if not section:
+        return []
+    rows = [f"change from {section['from']['path']}:"]
+    if "text_to_image" in section:
+        rows += _retrieval_lines(section, "+")
+    if "zero_shot" in section:
+        rows.append(f"zero-shot top-1 {_told(section['zero_shot']['top_1'], sign='+')}")
+    return rows
 
 
 def _alignment_lines(one: Mapping[str, float | None], calibrated: Mapping[str, object] | None) -> list[str]:

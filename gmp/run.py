@@ -37,7 +37,7 @@ from . import READ_POINTS, __version__, checkpoint, line, memory, telemetry
 from .clip import CLIP, TextTower
 from .config import RepairConfig
 from .control import BOX, Control
-from .data.captions import Index, check_pictures, split
+from .data.captions import Index, check_pictures, dataset_key, held_out_count, split
 from .data.images import PicturesAhead
 from .errors import InputError
 from .events import Event, Result
@@ -157,14 +157,17 @@ def _clear_away(folder: Path) -> list[str]:
 
 def describe_run(inputs: Inputs, keys: list[str], config: RepairConfig) -> dict[str, object]:
     """Settings and identity of all inputs; two runs are the same if, and only if, these are equal."""
-    captions = [(picture.path, key, picture.captions) for picture, key in zip(inputs.index.pictures, keys, strict=True)]
     return {
         "config": {name: value for name, value in config.to_json().items() if name not in HOUSEKEEPING},
         "text": _identity(inputs.text),
         "vision": _identity(inputs.vision),
         "original": inputs.original and _identity(inputs.original),
-        "dataset": hashlib.sha256(json.dumps(captions).encode()).hexdigest(),
+        "dataset": dataset_key(inputs.index, _by_path(inputs.index, keys)),
     }
+
+
+def _by_path(index: Index, keys: list[str]) -> dict[str, str]:
+    return dict(zip((picture.path for picture in index.pictures), keys, strict=True))
 
 
 def _identity(file: TowerFile) -> dict[str, object]:
@@ -404,19 +407,12 @@ def _check_memory(
 
 
 def _check_size(pictures: int, config: RepairConfig) -> None:
-    held_out = _held_out(pictures, config)
+    held_out = held_out_count(pictures, config.held_out, config.held_out_most)
     if pictures - held_out < config.step_pairs:
         raise InputError(
             f"{pictures} pictures, of which {held_out} are held out, are fewer than one step of {config.step_pairs} "
             f"pairs (batch {config.batch} × accumulate {config.accumulate}); add pictures, or make the batch smaller"
         )
-
-
-def _held_out(pictures: int, config: RepairConfig) -> int:
-    """How many pictures are measured and not trained on: at least 2 unless none are wanted, at most half."""
-    if not config.held_out:
-        return 0
-    return min(max(2, round(config.held_out * pictures)), config.held_out_most, pictures // 2)
 
 
 def check_anchors(text: TowerFile, vision: TowerFile, original: TowerFile | None, config: RepairConfig) -> None:
@@ -463,8 +459,8 @@ def _data(
         index = index.without(broken)
     else:
         index = yield from check_pictures(index)
-    contents = dict(zip((picture.path for picture in inputs.index.pictures), keys, strict=True))
-    train_index, held_index = split(index, contents, _held_out(len(index), config))
+    count = held_out_count(len(index), config.held_out, config.held_out_most)
+    train_index, held_index = split(index, _by_path(inputs.index, keys), count)
     train_tokens = inputs.tokenize(train_index.captions())
     held_tokens = inputs.tokenize(held_index.captions())
     report = asdict(index.report) | {

@@ -8,8 +8,6 @@ suggested is the smallest that has nearly all of the gain in recall and in struc
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +31,7 @@ from .layouts.canonical import is_vision
 from .measure import SUMMARY, Drift, Interval, embed_captions, interval, rank_pairs, resample
 from .prompts import prompts
 from .structure import Structure, compare_structure, prompt_vectors
+from .unseen import unseen
 
 POINTS = 13
 ENOUGH = 0.95  # of the best gain
@@ -297,12 +296,13 @@ def _pairs(
     """The pictures that recall is measured on, embedded or taken from the cache."""
     names = [picture.path for picture in index.pictures]
     keys = dict(zip(names, (yield from content_keys(index.root, names, cache)), strict=True))
-    held_out = _held_out(index, keys, repaired)
-    if held_out is None:
-        warnings.append("recall may count pictures that the repair was trained on: its file tells of none held out")
-    if (count := held_out or MOST) < len(index):
-        _, index = split(index, keys, count)
-        names = [picture.path for picture in index.pictures]
+    if "gmp_run" not in repaired.source.metadata:
+        warnings.append("recall may count pictures that the repair was trained on: its file tells of no run")
+    index, left_out = unseen(index, keys, [repaired])
+    warnings += left_out
+    if len(index) > MOST:
+        _, index = split(index, keys, MOST)
+    names = [picture.path for picture in index.pictures]
     state = {name.removeprefix("visual."): t for name, t in joined.state.items() if is_vision(name)}
     vision = load(VisionTower, joined.config.vision, state).requires_grad_(False).to(device)
     found, broken = yield from embed_pictures(vision, index.root, names, [keys[name] for name in names], cache)
@@ -310,22 +310,6 @@ def _pairs(
     warnings += [f"left out: {name} ({reason})" for name, reason in broken.items()]
     features = torch.stack([found[picture.path] for picture in index.pictures])
     return _Pairs(features, tokenize(index.captions()).ids, index.owners())
-
-
-def _held_out(index: Index, keys: Mapping[str, str], repaired: TowerFile) -> int | None:
-    """How many of these pictures the run of the repaired encoder held out, None if its file tells of no such ones.
-
-    0 for a run over other data: of these, as far as is known, it was trained on none. keys: by picture, `content_keys`.
-    """
-    try:
-        run = json.loads(repaired.source.metadata["gmp_run"])
-        share, most, dataset = run["config"]["held_out"], run["config"]["held_out_most"], run["dataset"]
-    except (KeyError, TypeError, ValueError):
-        return None
-    captions = [(picture.path, keys[picture.path], picture.captions) for picture in index.pictures]
-    if hashlib.sha256(json.dumps(captions).encode()).hexdigest() != dataset:  # as `run.describe_run` tells a data set
-        return 0
-    return min(max(2, round(share * len(index))), most, len(index) // 2) if share else None
 
 
 def _recall(tower: TextTower, pairs: _Pairs) -> Generator[Event, None, tuple[float, Tensor]]:

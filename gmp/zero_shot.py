@@ -77,6 +77,7 @@ class ZeroShot:
     confusions: tuple[Confusion, ...]  # every pair that happened, the most frequent first
     broken: dict[str, str]  # pictures that do not decode, and why; not counted
     loose: tuple[str, ...]  # pictures beside the class folders; not counted
+    right: tuple[bool, ...]  # of each picture that is counted, whether its class was told, in the order of their paths
 
     def as_json(self, confusions: int = 100, loose: int = 20) -> dict[str, object]:
         """JSON values; of confusions the most frequent ones, of loose pictures the first ones and their number."""
@@ -192,7 +193,13 @@ def zero_shot(
         confusions=tuple(Confusion(classes.names[true], classes.names[as_], -n) for n, (true, as_) in wrong),
         broken=broken,
         loose=classes.loose,
+        right=tuple((ranks < 1).tolist()),
     )
+
+
+def gain(now: ZeroShot, before: ZeroShot, seed: int = 0) -> Interval:
+    """top-1 minus that of another text encoder on the same pictures, which are drawn together in each resample."""
+    return share(torch.tensor(now.right).double() - torch.tensor(before.right).double(), seed)
 
 
 def tell_classes(image_features: Tensor, class_features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

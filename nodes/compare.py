@@ -20,7 +20,16 @@ from ..gmp.pca import check_umap
 from ..gmp.plots import pixels, plot_distributions, plot_layers
 from ..gmp.prompts import prompts as shipped
 from . import host, routes
-from .sockets import CATEGORY, ClipParts, Dataset, ReassembledCLIP, TextEncoder
+from .sockets import (
+    CATEGORY,
+    ClipParts,
+    Dataset,
+    ReassembledCLIP,
+    TextEncoder,
+    VisionPart,
+    original_input,
+    original_text,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +54,7 @@ class CompareCLIPs(io.ComfyNode):
             "block by block, and in what they make of prompts and captioned pictures.",
             search_aliases=["compare clip", "drift", "difference", "pca", "umap", "similarity", "plot", "gmp"],
             inputs=[
-                TextEncoder.Input("original", tooltip="The text encoder from before it broke."),
+                original_input(False, "The text encoder from before it broke."),
                 TextEncoder.Input("broken", tooltip="The text encoder to hold against it."),
                 io.Combo.Input(
                     "picture",
@@ -97,7 +106,7 @@ class CompareCLIPs(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        original: TowerFile,
+        original: TowerFile | VisionPart,
         broken: TowerFile,
         picture: str,
         read_point: str,
@@ -113,7 +122,7 @@ class CompareCLIPs(io.ComfyNode):
             dataset = None
         elif gmp_clip is None or dataset is None:
             raise InputError(f"{WITH_PICTURES} needs both a gmp_clip and a dataset; connect them, or draw another.")
-        files = {"original": original, "broken": broken} | ({"repaired": repaired} if repaired else {})
+        files = {"original": original_text(original), "broken": broken} | ({"repaired": repaired} if repaired else {})
         one = _compared(files, prompts.strip(), gmp_clip, dataset)
         image = _image(PICTURES[picture](one, read_point, umap))
         lines = one.lines(read_point)
@@ -173,7 +182,7 @@ class InspectGmP(io.ComfyNode):
                     tooltip="distributions: histograms of r and theta, all blocks together. by block: mean r, and "
                     "beside an original how far theta has turned.",
                 ),
-                TextEncoder.Input("original", optional=True, tooltip="Another one to compare it with: the original."),
+                original_input(True, "Another one to compare it with: the original."),
             ],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="The picture, for Preview Image or Save Image."),
@@ -183,13 +192,16 @@ class InspectGmP(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, text_encoder: TowerFile, picture: str, original: TowerFile | None = None) -> io.NodeOutput:
+    def execute(
+        cls, text_encoder: TowerFile, picture: str, original: TowerFile | VisionPart | None = None
+    ) -> io.NodeOutput:
         name, files, drifts = "text encoder", {}, {}
         with torch.inference_mode(False):
             if original is not None:
-                check_alike(original, [text_encoder])
-                files["original"] = geometry(original.state)
-                drifts[name] = weight_drift(text_encoder.state, original.state)
+                other = original_text(original)
+                check_alike(other, [text_encoder])
+                files["original"] = geometry(other.state)
+                drifts[name] = weight_drift(text_encoder.state, other.state)
             host.raise_if_interrupted()
             files[name] = geometry(text_encoder.state)
         figure = plot_distributions(files) if picture == "distributions" else plot_layers(files, drifts)

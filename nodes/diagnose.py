@@ -10,14 +10,13 @@ from comfy_api.latest import io
 from ..gmp.data.captions import Index
 from ..gmp.diagnose import Pictures, diagnose
 from ..gmp.diagnosis import as_document, lines
-from ..gmp.errors import InputError
 from ..gmp.events import Event, finish
 from ..gmp.layouts import TowerFile
 from ..gmp.plots.diagnosis import plot_diagnosis
 from ..gmp.plots.figure import pixels
 from ..gmp.verdict import REPAIR_TARGETS
 from . import host, routes
-from .sockets import CATEGORY, Dataset, TextEncoder, VisionPart, VisionTower
+from .sockets import CATEGORY, Dataset, TextEncoder, VisionPart, VisionTower, original_text
 
 TARGETS = {
     REPAIR_TARGETS["penultimate"]: "sdxl",
@@ -68,11 +67,7 @@ class Diagnose(io.ComfyNode):
     def execute(
         cls, text_encoder: TowerFile, original: VisionPart, target: str, dataset: Index | None = None
     ) -> io.NodeOutput:
-        if original.original is None:
-            raise InputError(
-                f"{original.vision.source.path} has no text tower to hold the encoder against; load the full original "
-                "CLIP with Load Vision Tower."
-            )
+        known = original_text(original)
         progress = host.Progress()
 
         def hear(event: Event) -> None:
@@ -84,7 +79,7 @@ class Diagnose(io.ComfyNode):
         with torch.inference_mode(False):
             events = diagnose(
                 text_encoder,
-                original.original,
+                known,
                 target=TARGETS[target],
                 tokenize=host.tokenizer(text_encoder.source.member, text_encoder.config.context_length),
                 pictures=dataset and Pictures(original.vision, dataset, host.cache_folder()),

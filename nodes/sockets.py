@@ -7,6 +7,7 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..gmp.errors import InputError
 from ..gmp.layouts import TowerFile
 
 CATEGORY = "model/text encoder repair"
@@ -24,6 +25,23 @@ class VisionPart:
 
     vision: TowerFile
     original: TowerFile | None
+
+
+def original_input(optional: bool, tooltip: str) -> io.MultiType.Input:
+    """A socket `original` that takes a text encoder, or the full CLIP that Load Vision Tower gives."""
+    return io.MultiType.Input("original", [TextEncoder, VisionTower], optional=optional, tooltip=tooltip)
+
+
+def original_text(given: TowerFile | VisionPart) -> TowerFile:
+    """The text encoder of what came through such a socket. Raises InputError where the full CLIP has none."""
+    if isinstance(given, TowerFile):
+        return given
+    if given.original is None:
+        raise InputError(
+            f"{given.vision.source.path} has no text tower: load the full original CLIP as vision tower, or connect "
+            "the original text encoder."
+        )
+    return given.original
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,16 @@ from ..gmp.plots.figure import pixels
 from ..gmp.plots.strength import plot_scan
 from ..gmp.strength import POINTS, Curve, Point, Scan, even, scan
 from . import host, routes
-from .sockets import CATEGORY, ClipParts, Dataset, ReassembledCLIP, TextEncoder, VisionPart, VisionTower
+from .sockets import (
+    CATEGORY,
+    ClipParts,
+    Dataset,
+    ReassembledCLIP,
+    TextEncoder,
+    VisionPart,
+    original_input,
+    original_text,
+)
 
 TARGETS = {"SDXL, SD2, SD3 (penultimate)": "sdxl", "Flux (pooled)": "flux", "SD1 (last)": "sd1"}
 _ALONG = (
@@ -57,11 +66,7 @@ class BlendTextEncoders(io.ComfyNode):
                     tooltip="From that blend, the share of the way to the original; above 0 it needs original.",
                 ),
                 io.Combo.Input("along", options=list(ALONG), default=ALONG[0], tooltip=_ALONG),
-                VisionTower.Input(
-                    "original",
-                    optional=True,
-                    tooltip="The full original CLIP, from Load Vision Tower; only for toward_original.",
-                ),
+                original_input(True, "The full original CLIP, from Load Vision Tower; only for toward_original."),
             ],
             outputs=[
                 TextEncoder.Output(
@@ -79,15 +84,15 @@ class BlendTextEncoders(io.ComfyNode):
         strength: float,
         toward_original: float,
         along: str,
-        original: VisionPart | None = None,
+        original: TowerFile | VisionPart | None = None,
     ) -> io.NodeOutput:
-        if toward_original and (original is None or original.original is None):
+        if toward_original and original is None:
             raise InputError(
                 f"toward_original is {toward_original:g} and there is no original text encoder: connect a full CLIP "
                 "from Load Vision Tower to original, or set it to 0."
             )
         with torch.inference_mode(False):
-            corner = original.original if toward_original else None
+            corner = original_text(original) if toward_original else None
             made = blend_encoders(broken, repaired, strength, along, corner, toward_original)
         return routes.with_text(cls, made.source.notes[-1], made)
 

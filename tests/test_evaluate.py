@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from gmp import READ_POINTS
 from gmp.data.captions import Index, read_index
-from gmp.data.classes import read_classes
+from gmp.data.classes import Classes, read_classes, read_labels
 from gmp.errors import InputError
 from gmp.evaluate import SCHEMA, document, evaluate, finite
 from gmp.events import finish
@@ -25,6 +26,7 @@ from gmp.measure import DRIFT_CAPTIONS, drift, retrieval, text_features
 from gmp.measurement import lines
 from gmp.tokenizer import Tokenizer
 from gmp.world.models import ASSETS, ORIGINAL, RUINED
+from gmp.world.scenes import COLOURS, RELATIONS, SHAPES, Scene, Thing, render
 from gmp.world.write import write_world
 
 CPU = torch.device("cpu")
@@ -33,6 +35,7 @@ ORIGINAL_TEXT, VISION, BROKEN = (
     read_vision(ASSETS / ORIGINAL),
     read_text(ASSETS / RUINED),
 )
+TEMPLATES = ("a large red {} left of a large blue {}", "a large green {} above a large white {}")
 PROMPTS = tuple(f"a {size} {colour} circle" for size in ("small", "large") for colour in ("red", "blue", "green"))
 
 
@@ -51,15 +54,28 @@ def cache(tmp_path_factory) -> Path:
 def documents(pictures, cache):
     """Broken and original, with every part."""
     classes = folder_of_classes(cache.parent / "classes")
-    return run(
-        {"broken": BROKEN, "original": ORIGINAL_TEXT},
-        pictures,
-        cache,
-        classes=read_classes(classes),
-        templates=("a {} thing",),
-        typographic=True,
-        relations=True,
-    )
+    parts = {"classes": read_classes(classes), "templates": TEMPLATES, "typographic": True, "relations": True}
+    return run({"broken": BROKEN, "original": ORIGINAL_TEXT}, pictures, cache, **parts)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> Classes:
+    """20 pictures of each shape, two of the same shape on each."""
+    folder = tmp_path_factory.mktemp("shapes")
+    for shape in SHAPES:
+        (folder / shape).mkdir()
+        for number in range(20):
+            dice = random.Random(f"{shape} {number}")
+            a, b = dice.sample(sorted(COLOURS), 2)
+            scene = Scene(Thing("large", a, shape), dice.choice(sorted(RELATIONS)), Thing("large", b, shape))
+            render(scene, dice).save(folder / shape / f"{number:02d}.png")
+    return read_classes(folder)
+
+
+@pytest.fixture(scope="module")
+def classified(shapes, cache):
+    """Broken and original on pictures of classes alone."""
+    return evaluations({"broken": BROKEN, "original": ORIGINAL_TEXT}, None, cache, classes=shapes, templates=TEMPLATES)
 
 
 def folder_of_classes(folder):
@@ -70,12 +86,16 @@ def folder_of_classes(folder):
     return folder
 
 
-def run(encoders, index, cache, original=ORIGINAL_TEXT, hear=lambda event: None, **parts):
+def evaluations(encoders, index, cache, original=ORIGINAL_TEXT, hear=lambda event: None, **parts):
     parts = {"prompts": PROMPTS} | parts
     found = finish(evaluate(encoders, VISION, original, index, Tokenizer(), cache=cache, device=CPU, **parts), hear)
     for one in found.values():
-        check(one)
+        check(one.document)
     return found
+
+
+def run(encoders, index, cache, **parts):
+    return {name: one.document for name, one in evaluations(encoders, index, cache, **parts).items()}
 
 
 def one(index, cache, text=BROKEN, **parts):
@@ -189,6 +209,77 @@ def test_shipped_prompts_are_taken_where_none_are_given(pictures, cache):
     assert found["structure_of_captions"] == own["structure_of_captions"]
 
 
+# ---- classes --------------------------------------------------------------------------------------------------------
+
+
+def test_classes_are_measured_without_captions(classified):
+    found = classified["original"].document
+    assert set(found) == {
+        "version", "kind", "encoder", "original", "vision", "zero_shot", "change", "structure", "warnings",
+    }  # fmt: skip
+    assert set(found["structure"]) == set(READ_POINTS)
+    assert found["structure"]["pooled"]["cka"] == pytest.approx(1, abs=1e-6)
+    assert classified["broken"].document["structure"]["pooled"]["cka"] < 0.9
+    assert "change" not in classified["broken"].document
+    assert found["warnings"] == [
+        "There are no captions, so retrieval, alignment, calibration and drift were not measured."
+    ]  # and not of too few pictures: there are 120
+
+
+def test_without_captions_structure_is_of_the_shipped_prompts(shapes, pictures, cache):
+    alone = one(None, cache, classes=shapes, prompts=None)
+    assert alone["structure"] == one(part(pictures, 20), cache, prompts=None)["structure"]
+
+
+def test_classes_are_told_the_same_with_captions_and_without(shapes, pictures, cache, classified):
+    both = run({"encoder": BROKEN}, part(pictures, 20), cache, classes=shapes, templates=TEMPLATES)["encoder"]
+    assert both["zero_shot"] == classified["broken"].document["zero_shot"]
+
+
+def test_a_change_of_zero_shot_is_the_difference_on_the_same_pictures(classified):
+    broken, original = (classified[name].zero_shot for name in ("broken", "original"))
+    change = classified["original"].document["change"]
+    assert set(change) == {"from", "zero_shot"} and change["from"] == classified["broken"].document["encoder"]
+    moved = change["zero_shot"]["top_1"]
+    right, before = (torch.tensor(one.right).double() for one in (original, broken))
+    assert moved["value"] == pytest.approx(original.top_1.value - broken.top_1.value, abs=1e-12) and moved["value"] > 0
+    wide = 2 * 1.96 * (right - before).std(correction=0).item() / math.sqrt(len(right))  # normal approximation, paired
+    assert moved["high"] - moved["low"] == pytest.approx(wide, rel=0.15)
+
+
+def test_all_confusions_are_handed_out_beside_the_document(classified):
+    found = classified["broken"]
+    told = found.zero_shot
+    assert sum(one.pictures for one in told.confusions) == told.pictures - sum(told.right) > 0
+    assert found.document["zero_shot"] == json.loads(json.dumps(told.as_json()))
+    assert len(told.as_json(confusions=2)["confusions"]) == 2 < len(told.confusions)
+    assert "right" not in found.document["zero_shot"]
+
+
+def test_words_are_written_on_pictures_of_classes_where_there_are_no_captions(shapes, cache):
+    small = shapes.sample(2)
+    found = one(None, cache, classes=small, typographic=True)
+    assert found["typographic"]["kind"] == "classes" and found["typographic"]["pictures"] == 12
+    assert any("12 pictures of classes are too few to judge by" in sentence for sentence in found["warnings"])
+
+
+def test_pictures_of_classes_that_are_not_counted_are_told(cache, tmp_path):
+    folder = folder_of_classes(tmp_path / "classes")
+    (folder / "red" / "0.png").write_bytes(b"torn")
+    Image.new("RGB", (64, 64)).save(folder / "loose.png")
+    found = one(None, cache, classes=read_classes(folder))
+    told = "\n".join(lines(found))
+    assert "on 11 pictures of 3 classes; 95 % intervals" in told
+    assert "left out: red/0.png" in told and "note: 1 pictures lie beside the folders of classes" in told
+
+
+def test_a_table_of_labels_is_the_same_as_folders(shapes, cache, tmp_path):
+    rows = [f"{name},{shapes.names[label]}" for name, label in zip(shapes.pictures, shapes.labels, strict=True)]
+    (tmp_path / "labels.csv").write_text("\n".join(["image,label", *rows]))
+    labelled = read_labels(tmp_path / "labels.csv", shapes.root)
+    assert one(None, cache, classes=labelled) == one(None, cache, classes=shapes)
+
+
 # ---- warnings -------------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +288,7 @@ def test_too_few_pictures_are_warned_of(documents, pictures, cache):
     assert "40 pictures are too few to judge by" in " ".join(found["warnings"])
     assert "verdict" not in found and found["retrieval"]["text_to_image"]["recall_at_1"]["low"] > 0
     assert found["calibration"]["candidates"] == 40
-    assert "too few" not in " ".join(documents["broken"]["warnings"])
+    assert "120 pictures" not in " ".join(documents["broken"]["warnings"])
 
 
 def test_a_wide_interval_is_warned_of(pictures, cache, monkeypatch):
@@ -275,8 +366,25 @@ def test_towers_that_do_not_belong_together_are_refused_before_any_picture(pictu
         next(evaluate({"a": narrow}, VISION, narrow, pictures, Tokenizer(), cache=cache, device=CPU))
 
 
+def test_nothing_to_measure_on_is_said_before_anything_is_computed(shapes, cache):
+    with pytest.raises(InputError, match="no pictures to measure on: give captioned pictures, pictures sorted"):
+        next(evaluate({"a": BROKEN}, VISION, None, None, Tokenizer(), cache=cache, device=CPU))
+    parts = {"cache": cache, "device": CPU, "classes": shapes, "relations": True}
+    with pytest.raises(InputError, match="Relations are measured on captions, and there are none"):
+        next(evaluate({"a": BROKEN}, VISION, None, None, Tokenizer(), **parts))
+
+
 def test_the_schema_refuses_what_is_not_declared(documents):
-    for change in ({"new": 1}, {"kind": "guess"}, {"data": documents["broken"]["data"] | {"new": 1}}, {"version": 2}):
+    source = documents["broken"]["encoder"]
+    half = {"from": source, "text_to_image": documents["original"]["change"]["text_to_image"]}
+    for change in (
+        {"new": 1},
+        {"kind": "guess"},
+        {"data": documents["broken"]["data"] | {"new": 1}},
+        {"version": 2},
+        {"change": {"from": source}},
+        {"change": half},
+    ):
         with pytest.raises(jsonschema.ValidationError):
             check(documents["broken"] | change)
 
@@ -294,7 +402,7 @@ def test_the_table_tells_every_section(documents):
     value = documents["original"]["retrieval"]["text_to_image"]["recall_at_1"]
     assert f"recall@1     text → image {value['value']:.3f} ({value['low']:.3f} … {value['high']:.3f})" in told
     for words in (
-        "original.safetensors on 120 pictures with 360 captions",
+        "original.safetensors on 120 pictures with 360 captions and 12 pictures of 3 classes; 95 % intervals",
         "change from ruined_text_encoder.safetensors:",
         "modality gap",
         "calibration error among 100",
@@ -306,6 +414,15 @@ def test_the_table_tells_every_section(documents):
     ):
         assert words in told, words
     assert "null" not in told and "None" not in told
+
+
+def test_the_table_without_captions_tells_classes_and_read_points(classified):
+    told = lines(classified["original"].document)
+    assert told[0] == "original.safetensors on 120 pictures of 6 classes; 95 % intervals"
+    assert told[1] == "change from ruined_text_encoder.safetensors:" and told[2].startswith("zero-shot top-1 +0.")
+    assert any(line.startswith("penultimate (SDXL, SD2, SD3)") for line in told)
+    assert any(line.startswith("zero-shot: top-1 ") for line in told)
+    assert not any("recall@1 " in line or "modality gap" in line or "None" in line for line in told)
 
 
 def test_the_table_of_a_bare_measurement_says_what_is_not_defined(pictures, cache):

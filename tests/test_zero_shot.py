@@ -22,7 +22,8 @@ from gmp.events import finish
 from gmp.join import join
 from gmp.layouts import read_text, read_vision
 from gmp.measure import Interval
-from gmp.plots.confusion import most_confused, plot_confusion
+from gmp.plots.confusion import most_confused, plot_confusion, plot_no_classes
+from gmp.plots.figure import pixels
 from gmp.tokenizer import tokenizer_for
 from gmp.world.models import ASSETS, ORIGINAL, RUINED, load_original
 from gmp.world.scenes import COLOURS, RELATIONS, SHAPES, Scene, Thing, render
@@ -32,6 +33,7 @@ from gmp.zero_shot import (
     ZeroShot,
     batch_accuracy,
     class_features,
+    gain,
     mean_per_class,
     read_templates,
     tell_classes,
@@ -314,6 +316,21 @@ def test_batch_accuracy_depends_on_the_batch():
     assert few > many + 0.2 and many == pytest.approx(right, abs=0.05)
 
 
+def told(*right):
+    """A classification of which only this is known."""
+    return ZeroShot(*[None] * 12, right)
+
+
+def test_a_gain_is_resampled_in_pairs():
+    before = told(*([True, False] * 200))
+    assert gain(before, before) == Interval(0, 0, 0)
+    now = told(*([True, True] * 40 + [True, False] * 160))  # 40 more of 400
+    found = gain(now, before)
+    assert found.value == pytest.approx(0.1) and gain(before, now).value == pytest.approx(-0.1)
+    wide = 2 * 1.96 * math.sqrt(0.1 * 0.9 / 400)  # of a share, which the difference is here
+    assert found.high - found.low == pytest.approx(wide, rel=0.1)
+
+
 # ---- the whole ------------------------------------------------------------------------------------------------------
 
 
@@ -344,6 +361,7 @@ def test_the_world_is_classified_by_its_shapes(shapes, world, tmp_path):
     assert found.mean_per_class.value == pytest.approx(found.top_1.value)  # equally many of each
     assert sum(one.pictures for one in found.confusions) == 72 - sum(right.values())
     assert found.top_1.low <= found.top_1.value <= found.top_5.value
+    assert sum(found.right) == sum(right.values()) and sum(found.right[:12]) == right[SHAPES_SORTED[0]]
 
     written = document("measurement", None, None, None, zero_shot=found.as_json())
     written = json.loads(json.dumps(written, allow_nan=False))
@@ -380,7 +398,7 @@ def made(classes, confusions):
     per_class = tuple(ClassAccuracy(name, 20, 1 - wrong[i] / 20) for i, name in enumerate(names))
     pairs = tuple(Confusion(names[true], names[told], count) for true, told, count in confusions)
     one = Interval(0.5, 0.4, 0.6)
-    return ZeroShot(one, None, one, None, 1 / classes, 20 * classes, classes, (), per_class, pairs, {}, ())
+    return ZeroShot(one, None, one, None, 1 / classes, 20 * classes, classes, (), per_class, pairs, {}, (), ())
 
 
 def cells(figure):
@@ -406,3 +424,12 @@ def test_of_many_classes_the_most_confused_are_shown_and_the_rest_is_a_column():
     found = cells(plot_confusion(result))
     assert found["class 7", "class 190"] == "45" and found["class 7", "(others)"] == "5"
     assert len(most_confused(made(1000, []))) == 20
+
+
+def test_without_classes_the_picture_is_small_and_says_so():
+    figure = plot_no_classes()
+    assert "no classes were given" in figure.texts[0].get_text()
+    image = pixels(figure)
+    assert image.shape[0] < image.shape[1] < 512 and image.min() < 0.5  # words are drawn
+    left, *_, right = np.nonzero((image < 0.9).any(axis=(0, 2)))[0]
+    assert 0 < left < right < image.shape[1] - 1  # and none is cut off

@@ -16,6 +16,7 @@ def repair(options: argparse.Namespace) -> object:
     from ..config import SDXL_ANCHOR, Anchor, RepairConfig
     from ..data.captions import read_index
     from ..features import default_cache
+    from ..report import REPORT
     from ..run import BEST, RESULT, Inputs
     from ..run import repair as start
     from ..tokenizer import tokenizer_for
@@ -74,7 +75,10 @@ def repair(options: argparse.Namespace) -> object:
         print(f"{options.out} is finished already")
     if (options.out / RESULT).exists():
         print(f"text encoder: {options.out / RESULT}")
-    there = {name: options.out / file for name, file in (("text_encoder", RESULT), ("best_text_encoder", BEST))}
+    if (options.out / REPORT).exists():
+        print(f"report:       {options.out / REPORT}")
+    files = {"text_encoder": RESULT, "best_text_encoder": BEST, "report": REPORT}
+    there = {name: options.out / file for name, file in files.items()}
     answer = {"run": str(options.out), "state": last["type"]}
     answer |= {name: str(path) if path.exists() else None for name, path in there.items()}
     if last["type"] != "done":

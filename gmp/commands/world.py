@@ -21,6 +21,7 @@ def world(options: argparse.Namespace) -> object:
 def demo(options: argparse.Namespace) -> object:
     from ..demo import NEAREST, table
     from ..demo import demo as show_cure
+    from ..report import REPORT
     from ..run import RESULT
 
     last: Event = {}
@@ -34,7 +35,7 @@ def demo(options: argparse.Namespace) -> object:
     run = Path(figures["run"])
     print(table({name: figures[name] for name in ("ruined", "repaired", "original")}))
     print(f"\nrepaired text encoder: {run / RESULT}")
-    print(f"loss picture:          {run / 'loss.png'}")
+    print(f"report:                {run / REPORT}")
     print(f"what each one finds:   {options.out / NEAREST}")
     print(f"run folder:            {run}")
     print(f"{figures['seconds']} seconds")

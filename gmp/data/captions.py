@@ -180,6 +180,17 @@ def split(index: Index, keys: Mapping[str, str], held_out: int) -> tuple[Index, 
     return replace(index, pictures=train), replace(index, pictures=measured)
 
 
+def held_out_count(pictures: int, share: float, most: int) -> int:
+    """How many pictures are not trained on: at least 2 unless none are wanted, at the most half, and `most`."""
+    return min(max(2, round(share * pictures)), most, pictures // 2) if share else 0
+
+
+def dataset_key(index: Index, keys: Mapping[str, str]) -> str:
+    """SHA-256 of an index's names, contents and captions; `keys` gives each path its picture's `content_key`."""
+    captions = [(picture.path, keys[picture.path], picture.captions) for picture in index.pictures]
+    return hashlib.sha256(json.dumps(captions).encode()).hexdigest()
+
+
 def content_key(path: Path | str) -> str:
     """SHA-256 of the file's bytes, in hex: the same picture under any name has the same key."""
     digest = hashlib.sha256()

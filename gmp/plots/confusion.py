@@ -59,6 +59,13 @@ def plot_confusion(result: ZeroShot) -> Figure:
     return figure
 
 
+def plot_no_classes() -> Figure:
+    """A small figure that says in words that there is nothing to draw."""
+    figure = new_figure(3.2, 1.4)
+    figure.text(0.5, 0.5, "No confusion matrix:\nno classes were given", ha="center", va="center", size=_SIZE)
+    return figure
+
+
 def most_confused(result: ZeroShot, most: int = SHOWN) -> list[str]:
     """Names of at most `most` classes, in their own order: all, or those of the most frequent confusions."""
     order = [one.name for one in result.per_class]
