@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .measure import DRAWN, RESAMPLES, Interval, interval
+from .measure import DRAWN, RESAMPLES, Interval, interval, share_interval
 
 
 def resamples(pictures: int, seed: int, count: int = RESAMPLES) -> Iterator[Tensor]:
@@ -20,7 +20,7 @@ def resamples(pictures: int, seed: int, count: int = RESAMPLES) -> Iterator[Tens
 
 
 def ratio(sums: Tensor, counts: Tensor, seed: int) -> Interval | None:
-    """sum of `sums` / sum of `counts`, both (pictures,): a mean of several values a picture, and its interval.
+    """sum of `sums` / sum of `counts`, both (pictures,): a share, of several values a picture, and its interval.
 
     Values of one picture depend on each other, so pictures are drawn and not values (the cluster bootstrap, Efron and
     Tibshirani 1993, chapter 8). Pictures without values are left out; None where none has any.
@@ -30,7 +30,13 @@ def ratio(sums: Tensor, counts: Tensor, seed: int) -> Interval | None:
     if not len(counts):
         return None
     samples = torch.cat([(weights @ sums) / (weights @ counts) for weights in resamples(len(counts), seed)])
-    return interval((sums.sum() / counts.sum()).item(), samples)
+    return share_interval((sums.sum() / counts.sum()).item(), samples, len(counts))
+
+
+def difference(values: Tensor, seed: int) -> Interval:
+    """Mean of the difference of two encoders at each picture (pictures,), and its interval."""
+    samples = torch.cat([weights @ values.double() / len(values) for weights in resamples(len(values), seed)])
+    return interval(values.double().mean().item(), samples)
 
 
 def share(values: Tensor, seed: int) -> Interval | None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAIRS = 150  # pictures that are drawn, each with its first caption; more are a cloud
+FEW_PROMPTS = 30  # with fewer, agreement of structure says little
 DRIFT_PROMPTS = 64  # that drift is measured on, at the full context length
 CHANGED = {1: 8, 2: 5}  # rows in the table of neighbours, by encoders; 3 beyond
 
@@ -129,13 +130,16 @@ def compare(
     points = [point for point in READ_POINTS if point != "projected" or not warnings.get(original)]
     tokens = tokenize([prompt.text for prompt in prompts])
     some = tokens.ids[torch.linspace(0, len(tokens.ids) - 1, min(len(tokens.ids), DRIFT_PROMPTS)).long()]
-    pairs, told = None, list(warnings.values())
+    pairs, told = None, [*warnings.values(), *_doubts(files, prompts)]
     if index is not None and vision is not None and cache is not None:
         if "projected" not in points:
             raise InputError(f"{warnings[original]}; give the full original CLIP to compare with pictures")
+        pictures_given = len(index)
         pictures, index, broken = yield from _pictures(files[original], vision, lender, index, cache, device)
         captions = tokenize(index.captions()).ids[first_captions(index.caption_counts)]
         told += [f"left out: {name} ({reason})" for name, reason in broken.items()]
+        if pictures_given > PAIRS:
+            told.append(f"{PAIRS} of {pictures_given} pictures are drawn, evenly taken")
     vectors, moved, texts = {}, {}, {}
     for done, (name, tower) in enumerate(towers.items()):
         yield _progress("read prompts", done, len(towers))
@@ -155,6 +159,16 @@ def compare(
     sources = {name: file.source for name, file in files.items()}
     found = tuple(prompts), vectors, structure, moved, pairs, tuple(dict.fromkeys(told))
     return Comparison(sources, geometries, weights, *found)
+
+
+def _doubts(files: Mapping[str, TowerFile], prompts: Sequence[Prompt]) -> list[str]:
+    """Why there is little to see."""
+    original, *others = files
+    same = [name for name in others if files[name].source.sha256 == files[original].source.sha256]
+    doubts = [f"{name} and {original} hold the same weights" for name in same]
+    if len(prompts) < FEW_PROMPTS:
+        doubts.append(f"{len(prompts)} prompts are too few to judge CKA by; give {FEW_PROMPTS} or more")
+    return doubts
 
 
 def own_prompts(text: str) -> tuple[Prompt, ...]:
@@ -318,3 +332,14 @@ PICTURES: dict[str, Callable[[Comparison, str, bool], Figure]] = {
     "changed neighbours": _neighbours,
     "pictures and captions": _pairs,
 }
+
+
+def over_steps(folder: Path, history: Mapping[str, object]) -> Figure:
+    """Recall and drift over the steps of a run, whose whole history is given. Raises InputError where it has none."""
+    from .plots import plot_measures
+    from .watch import checkpoints
+
+    if not history["measures"]:
+        raise InputError(f"the run {folder.name} has measured nothing; it needs held-out pictures")
+    best = checkpoints(folder)["best"]
+    return plot_measures(history, best["step"] if best else None)

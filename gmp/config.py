@@ -133,8 +133,12 @@ def _problems(config: RepairConfig) -> list[str]:
     for name, high in {"warmup": 1, "smoothing": 1, "held_out": 0.9}.items():
         if not 0 <= getattr(config, name) < high:
             problems.append(f"{name} is {getattr(config, name)}, not in 0..{high}")
-    if config.patience and not config.held_out:
-        problems.append(f"patience is {config.patience} and no pictures are held out to measure; raise held_out")
+    measuring = {"patience": 0, "measure_every": 0, "best_by": "objective"}
+    if not config.held_out:
+        asked = [
+            f"{name} is {getattr(config, name)}" for name, off in measuring.items() if getattr(config, name) != off
+        ]
+        problems += [f"{one} and no pictures are held out to measure; raise held_out" for one in asked]
     if config.lr is not None and not 0 < config.lr < 1:
         problems.append(f"lr is {config.lr}, not between 0 and 1")
     if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):

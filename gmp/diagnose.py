@@ -22,16 +22,17 @@ from .data.captions import Index
 from .diagnosis import Diagnosis, Part
 from .errors import InputError, some
 from .events import Event
-from .features import embed_index
+from .features import content_keys, embed_index
 from .join import UNRELATED
 from .layouts import TowerFile
-from .layouts.canonical import block_name
-from .measure import CPU, DIRECTIONS, rank_pairs, resample, summarize, text_features, with_intervals
+from .layouts.canonical import STACK, block_name
+from .measure import CPU, DIRECTIONS, embed_captions, rank_pairs, resample, summarize, with_intervals
 from .prompts import prompts
 from .states import Compared, compare_states
 from .structure import Structure, compare_structure, effective_rank, mean_cosine, told_apart
 from .tokenizer import VOCABULARY_SIZE, Tokens, tokenizer_for
 from .trained import Trained, what_was_trained
+from .unseen import unseen
 from .verdict import (
     DAMAGED_ANGLE,
     DAMAGED_LENGTH,
@@ -72,7 +73,8 @@ def diagnose(
     """Holds a text encoder against the original it came from; yields progress events.
 
     target: whose eyes the verdict is for, one of TARGETS. tokenize: captions -> tokens, CLIP's where None. pictures:
-    measures alignment too. Raises InputError for towers of different shapes and for weights that are not finite.
+    measures alignment too, on those that the encoder was not trained on. Raises InputError for towers of different
+    shapes, an original that ends before its last block, and weights that are not finite.
     """
     if target not in TARGETS:
         raise InputError(f"target {target!r} is not one of {', '.join(TARGETS)}")
@@ -91,7 +93,7 @@ def diagnose(
     recognised = _recognised(compared["projection"]) if "projected" in readings else None
     found, recalls, images = None, None, 0
     if pictures is not None:
-        found, recalls, images, more = yield from _look(pictures, *towers, tokenize)
+        found, recalls, images, more = yield from _look(pictures, encoder, *towers, tokenize)
         warnings += more
     alignment, more = align(recognised, recalls, images)
     warnings += [*_overflows(compared), *_unseen(trained, compared), *more]
@@ -107,7 +109,8 @@ def diagnose(
 
 def _check(encoder: TowerFile, original: TowerFile) -> None:
     check_alike(original, [encoder])
-    if original.config.layers < encoder.config.layers:
+    ends_early = f"{STACK['text']}.{original.config.layers}" in original.source.missing
+    if ends_early or original.config.layers < encoder.config.layers:  # `penultimate` would be another place
         raise InputError(f"{original.source.path} ends before its last block; give the full original CLIP")
     for file in (encoder, original):
         if broken := [name for name, tensor in file.state.items() if not _is_finite(tensor)]:
@@ -301,9 +304,12 @@ def _unseen(trained: Trained, compared: Mapping[str, Compared]) -> list[str]:
 
 
 def _look(
-    pictures: Pictures, tower: TextTower, other: TextTower, tokenize: Tokenize
+    pictures: Pictures, encoder: TowerFile, tower: TextTower, other: TextTower, tokenize: Tokenize
 ) -> Generator[Event, None, tuple[dict[str, object], tuple[float, float], int, list[str]]]:
-    """The encoder's retrieval, mean recall@1 of the encoder and of the original, pictures, and warnings."""
+    """The encoder's retrieval, mean recall@1 of the encoder and of the original, pictures, and warnings.
+
+    Pictures that the encoder was trained on are left out, as far as its file tells (gmp/unseen.py).
+    """
     vision, width = pictures.vision, tower.text_config.embed_dim
     if vision.config.embed_dim != width:
         raise InputError(
@@ -312,12 +318,17 @@ def _look(
         )
     state = {name.removeprefix("visual."): tensor for name, tensor in vision.state.items()}
     eye = load(VisionTower, vision.config, state).requires_grad_(False).to(tower.positional_embedding.device)
-    index, features, broken = yield from embed_index(eye, pictures.index, pictures.cache)
+    names = [picture.path for picture in pictures.index.pictures]
+    keys = dict(zip(names, (yield from content_keys(pictures.index.root, names, pictures.cache)), strict=True))
+    index, seen = unseen(pictures.index, keys, [encoder])
+    index, features, broken = yield from embed_index(eye, index, pictures.cache)
     ids, owners = tokenize(index.captions()).ids, index.owners()
-    places = yield from rank_pairs(features, text_features(tower, ids), owners)
+    device = tower.positional_embedding.device
+    places = yield from rank_pairs(features, (yield from embed_captions(tower, ids)), owners, device=device)
     samples = yield from resample(places)
     found = summarize(places)
-    theirs = summarize((yield from rank_pairs(features, text_features(other, ids), owners)))
+    texts = yield from embed_captions(other, ids)
+    theirs = summarize((yield from rank_pairs(features, texts, owners, device=device)))
     section: dict[str, object] = {"images": found.images, "captions": found.captions}
     for direction, numbers in with_intervals(found, samples).items():
         section[direction] = {name: asdict(value) for name, value in numbers.items()}
@@ -326,4 +337,4 @@ def _look(
         sum(getattr(each, direction).recall_at_1 for direction in DIRECTIONS) / 2 for each in (found, theirs)
     )
     left_out = [f"{len(broken)} pictures do not decode and were left out: {some(broken)}."] if broken else []
-    return section, recalls, found.images, left_out
+    return section, recalls, found.images, [*seen, *left_out]

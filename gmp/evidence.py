@@ -40,6 +40,7 @@ from .measure import (
     interval,
     rank_pairs,
     resample,
+    share_interval,
     summarize,
     with_intervals,
 )
@@ -251,8 +252,6 @@ def _structure(
 
 def _compared(mine: Tensor, original: Tensor | None) -> Structure:
     """Of prompts' vectors (N, D) at one read point; NaN for what cannot be told."""
-    if not all(vectors.isfinite().all() for vectors in (mine, original) if vectors is not None):
-        return Structure(math.nan, math.nan, math.nan, math.nan, math.nan)
     one = compare_structure({"here": mine}, {"here": mine if original is None else original})["here"]
     return one if original is not None else replace(one, cka=math.nan, rank_correlation=math.nan)
 
@@ -329,7 +328,7 @@ def _resampled(seen: _Seen) -> Tensor:
 
 
 def _recall(seen: _Seen) -> Interval:
-    return interval(_hits(seen), _resampled(seen))
+    return share_interval(_hits(seen), _resampled(seen), len(seen.places.image_to_text))
 
 
 def _gain(before: _Seen, after: _Seen) -> Interval:

@@ -143,12 +143,23 @@ def unlike(one: TowerFile, other: TowerFile) -> str | None:
 
 
 def text_tower(file: TowerFile, joined: Joined) -> TextTower:
-    """A frozen text tower with a file's weights; the projection is the joined one where the file has none that fits."""
+    """A frozen text tower with a file's weights; joined ones where it has no projection that fits, or no last block.
+
+    Raises InputError for a file that ends before its last block where none was lent: its read points are other places.
+    """
     own = file.state.get("text_projection")
     fits = own is not None and own.shape[1] == joined.config.text.embed_dim and _fault(own) is None
     state = {name: tensor for name, tensor in file.state.items() if name != "logit_scale"}
     state["text_projection"] = own if fits else joined.state["text_projection"]
-    return load(TextTower, replace(file.config, embed_dim=joined.config.text.embed_dim), state).requires_grad_(False)
+    layers = file.config.layers
+    if f"{STACK['text']}.{layers}" in file.source.missing:
+        at = (STACK["text"], layers)
+        lent = {n: t for n, t in joined.state.items() if (block_name(n) or ())[:2] == at}
+        if not lent or file.source != joined.sources["text"]:
+            raise InputError(f"{file.source.path} ends before its last block; give the full original CLIP")
+        state, layers = state | lent, layers + 1
+    config = replace(file.config, embed_dim=joined.config.text.embed_dim, layers=layers)
+    return load(TextTower, config, state).requires_grad_(False)
 
 
 def _fault(projection: Tensor, foreign: Tensor | None = None) -> str | None:

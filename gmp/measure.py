@@ -6,6 +6,7 @@ both are always measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -27,6 +28,8 @@ STEP = 2.0**-26  # of the features that scores are computed from
 WORST = -2.0  # a score that is not a number; cosines are -1 at the least
 RESAMPLES = 1000
 CONFIDENCE = 0.95
+Z = 1.959964  # standard deviations of a normal distribution that hold as much
+RARE = 10  # pictures of the rarer outcome below which a bootstrap of a share is not trusted
 DRAWN = 2**22  # numbers that the bootstrap holds at once
 
 CPU = torch.device("cpu")
@@ -270,15 +273,33 @@ def interval(value: float, samples: Tensor) -> Interval:
     return Interval(value, low, high)
 
 
+def share_interval(value: float, samples: Tensor, pictures: int) -> Interval:
+    """`interval` of a share; not narrower than Wilson's (1927) where pictures of one outcome are few.
+
+    Resampling hits alone gives hits alone: near 0 and 1 the bootstrap is far too sure, and has no width at all there.
+    """
+    found = interval(value, samples)
+    if pictures * min(value, 1 - value) >= RARE:
+        return found
+    z2 = Z * Z
+    centre = (value + z2 / (2 * pictures)) / (1 + z2 / pictures)
+    half = Z * math.sqrt(value * (1 - value) / pictures + z2 / (4 * pictures**2)) / (1 + z2 / pictures)
+    return Interval(value, max(0.0, min(found.low, centre - half)), min(1.0, max(found.high, centre + half)))
+
+
 def with_intervals(found: Retrieval, samples: Mapping[str, Tensor]) -> dict[str, dict[str, Interval]]:
     """Direction -> name of `SUMMARY` -> value with its interval."""
     return {
         direction: {
-            name: interval(getattr(getattr(found, direction), name), samples[direction][:, column])
+            name: _interval(name, getattr(getattr(found, direction), name), samples[direction][:, column], found.images)
             for column, name in enumerate(SUMMARY)
         }
         for direction in DIRECTIONS
     }
+
+
+def _interval(name: str, value: float, samples: Tensor, pictures: int) -> Interval:
+    return share_interval(value, samples, pictures) if name.startswith("recall") else interval(value, samples)
 
 
 def changes(

@@ -99,9 +99,12 @@ def _structure_line(point: str, one: Mapping[str, float | None]) -> str:
 def _zero_shot_lines(one: Mapping[str, object] | None) -> list[str]:
     if not one:
         return []
+    bare = [group["name"] for group in one["per_class"] if not group["pictures"]]
+    without = [f"zero-shot: no readable picture of {', '.join(bare)}: mean of classes is that of the others"]
     return [
         f"zero-shot: top-1 {_told(one['top_1'])}, mean of classes {_told(one['mean_per_class'])} on {one['pictures']} "
-        f"pictures of {one['classes']} classes; chance {one['chance']:.3f}"
+        f"pictures of {one['classes']} classes; chance {one['chance']:.3f}",
+        *(without if bare else []),
     ]
 
 

@@ -139,7 +139,7 @@ class Session:
         if self.best is None or worth > self.best["worth"]:
             if self.best is not None:
                 export_text(training.clip, self.folder / BEST, self._metadata())
-            loss = min(losses["loss"], sys.float_info.max)
+            loss = losses["loss"] if math.isfinite(losses["loss"]) else sys.float_info.max
             self.best = {"step": training.step, "by": self.config.best_by, "worth": worth, "loss": loss}
             self._waited = 0
         event = {"type": "measure", "step": training.step, "held_out": losses} | values
@@ -147,7 +147,7 @@ class Session:
         yield from self.alarms.hear(event)
 
     def _measure_in_turn(self) -> Iterator[Event]:
-        self._waited += 1
+        self._waited += len(self.scene.held.index) > 0  # copies of one picture may leave nothing to hold out
         yield from self.measure()
 
     def _exhausted(self) -> bool:

@@ -220,9 +220,10 @@ def scan(
 ) -> Generator[Event, None, Scan]:
     """Measures every strength along every way of blending; yields progress events.
 
-    index: captioned pictures for recall, at most `MOST` of them; where the repaired encoder's file tells that it was
-    trained on them, those that its run held out. strengths: rising from 0. texts: prompts whose structure is measured;
-    None takes the shipped ones. Raises InputError for encoders that do not belong together and settings that cannot be.
+    index: captioned pictures for recall, at most `MOST` of them; where the file of one of the two encoders tells that
+    it was trained on them, those that its run held out. strengths: rising from 0. texts: prompts whose structure is
+    measured; None takes the shipped ones. Raises InputError for encoders that do not belong together and settings that
+    cannot be.
     """
     at = read_points(target, repaired.source.member or broken.source.member)
     _check(broken, repaired, original, strengths, along)
@@ -232,7 +233,7 @@ def scan(
     texts = [prompt.text for prompt in prompts()] if texts is None else list(texts)
     pairs, warnings = None, []
     if index is not None:
-        pairs = yield from _pairs(index, repaired, parts["broken"], tokenize, cache, device, warnings)
+        pairs = yield from _pairs(index, broken, repaired, parts["broken"], tokenize, cache, device, warnings)
     tower = load(TextTower, parts["broken"].config.text, base).requires_grad_(False).to(device)
     step = {"type": "progress", "stage": "measure strengths", "done": 0, "total": 2 + len(along) * (len(strengths) - 1)}
     yield step
@@ -286,6 +287,7 @@ class _Pairs:
 
 def _pairs(
     index: Index,
+    start: TowerFile,
     repaired: TowerFile,
     joined: Joined,
     tokenize: Tokenize,
@@ -298,7 +300,7 @@ def _pairs(
     keys = dict(zip(names, (yield from content_keys(index.root, names, cache)), strict=True))
     if "gmp_run" not in repaired.source.metadata:
         warnings.append("recall may count pictures that the repair was trained on: its file tells of no run")
-    index, left_out = unseen(index, keys, [repaired])
+    index, left_out = unseen(index, keys, [start, repaired])
     warnings += left_out
     if len(index) > MOST:
         _, index = split(index, keys, MOST)

@@ -77,19 +77,22 @@ def mean_rows(states: Tensor, ends: Tensor) -> Tensor:
 def compare_structure(vectors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Structure]:
     """Structure of one tower's prompt vectors against another's, at every read point that both have.
 
-    Row i of both is the same prompt, (N, D) and (N, E); the widths may differ. Needs four prompts.
+    Row i of both is the same prompt, (N, D) and (N, E); the widths may differ. Needs four prompts. All numbers are NaN
+    where a vector is not finite.
     """
-    return {
-        point: Structure(
-            cka=cka(mine, others[point]),
-            rank_correlation=rank_correlation(mine, others[point]),
-            mean_cosine=mean_cosine(mine),
-            effective_rank=effective_rank(mine),
-            told_apart=told_apart(mine),
-        )
-        for point, mine in vectors.items()
-        if point in others
-    }
+    return {point: _structure(mine, others[point]) for point, mine in vectors.items() if point in others}
+
+
+def _structure(mine: Tensor, others: Tensor) -> Structure:
+    if not (mine.isfinite().all() and others.isfinite().all()):
+        return Structure(*[math.nan] * 5)
+    return Structure(
+        cka=cka(mine, others),
+        rank_correlation=rank_correlation(mine, others),
+        mean_cosine=mean_cosine(mine),
+        effective_rank=effective_rank(mine),
+        told_apart=told_apart(mine),
+    )
 
 
 def cka(vectors: Tensor, others: Tensor) -> float:

@@ -13,8 +13,12 @@ from .layouts.canonical import block_name
 
 # What files store weights in. A tensor that is the other's rounding to one of them was converted, not trained.
 STORED = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+# A checkpoint in fp16 that is saved as bf16 or fp8: what lies between two numbers of the second may be rounded twice.
+STORED_AGAIN = tuple((first, then) for first in STORED[:2] for then in STORED if then != first)
 _HALF_ULPS = 2.0**-11 + 2.0**-8  # relative, of fp16 and bf16 together
 _SAMPLE = 4096  # values that are looked at first: of a trained tensor, some of them differ
+_FEW = 16  # values of a row, likewise
+_INVERTED = 1000  # rows; a textual inversion has a few dozen at the most
 TOKENS = "token_embedding.weight"
 POSITIONS = "positional_embedding"
 PROJECTION = "text_projection"
@@ -46,7 +50,7 @@ def what_was_trained(state: Mapping[str, Tensor], original: Mapping[str, Tensor]
 
 
 def is_rounding(one: Tensor, other: Tensor) -> bool:
-    """Whether two fp32 tensors are equal, or one is the other after storage in fp16, bf16 or fp8.
+    """Whether two fp32 tensors are equal, or one is the other after storage in fp16, bf16 or fp8, or in two of them.
 
     Also where each was stored in another of fp16 and bf16: then they may differ by what the two round.
     """
@@ -60,12 +64,20 @@ def _same_rows(one: Tensor, other: Tensor) -> Tensor:
     for same in _ROUNDINGS:
         left = (~found).nonzero().flatten()
         for rows in left.split(_SAMPLE):
+            rows = rows[same(one[rows, :_FEW], other[rows, :_FEW]).all(dim=1)]
             found[rows] = same(one[rows], other[rows]).all(dim=1)
     return found
 
 
-def _rounded_to(dtype: torch.dtype):
-    return lambda a, b: (a == b.to(dtype).float()) | (b == a.to(dtype).float())
+def _rounded_to(*dtypes: torch.dtype):
+    """Whether one value is the other after storage in these, one after the other."""
+
+    def stored(values: Tensor) -> Tensor:
+        for dtype in dtypes:
+            values = values.to(dtype)
+        return values.float()
+
+    return lambda a, b: (a == stored(b)) | (b == stored(a))
 
 
 def _stored_in_both(a: Tensor, b: Tensor) -> Tensor:
@@ -76,7 +88,12 @@ def _stored_in_both(a: Tensor, b: Tensor) -> Tensor:
     return stored & ((a - b).abs() <= size * _HALF_ULPS + 2.0**-24)  # fp16's smallest step
 
 
-_ROUNDINGS = (torch.eq, *(_rounded_to(dtype) for dtype in STORED), _stored_in_both)
+_ROUNDINGS = (
+    torch.eq,
+    *(_rounded_to(dtype) for dtype in STORED),
+    *(_rounded_to(*dtypes) for dtypes in STORED_AGAIN),
+    _stored_in_both,
+)
 
 
 # ---- in words -------------------------------------------------------------------------------------------------------
@@ -140,7 +157,7 @@ def _embeddings(parts: set[str], rows: int) -> str:
     if "positions" in parts:
         what.append("the positions")
     sentence = f"Only embeddings have moved: {' and '.join(what)}."
-    return sentence + (" Textual inversion does that." if parts == {"tokens"} else "")
+    return sentence + (" Textual inversion does that." if parts == {"tokens"} and rows <= _INVERTED else "")
 
 
 def _what(moved: tuple[str, ...], names: list[str], rows: int, everything: bool) -> str:

@@ -14,27 +14,35 @@ def held_out(index: Index, keys: Mapping[str, str], encoder: TowerFile) -> int |
 
     None where the file tells of no run, or of one on other pictures. keys: each path's `content_keys`.
     """
+    run = _run(encoder)
+    return held_out_count(len(index), *run[:2]) if run and run[2] == dataset_key(index, keys) else None
+
+
+def _run(encoder: TowerFile) -> tuple[float, int, str] | None:
+    """Share and most of what an encoder's run held out, and its data set's key; None if the file tells of none."""
     try:
         run = json.loads(encoder.source.metadata["gmp_run"])
-        share, most, dataset = run["config"]["held_out"], run["config"]["held_out_most"], run["dataset"]
+        return run["config"]["held_out"], run["config"]["held_out_most"], run["dataset"]
     except (KeyError, TypeError, ValueError):
         return None
-    return held_out_count(len(index), share, most) if dataset == dataset_key(index, keys) else None
 
 
 def unseen(index: Index, keys: Mapping[str, str], encoders: Sequence[TowerFile]) -> tuple[Index, list[str]]:
-    """The part of an index that none of the encoders was trained on, and what was left out, as sentences.
+    """The part of an index that none of the encoders was trained on, and what was left out or is not known, in words.
 
     All of it where that is not known, or would be nothing. The part is the one that the runs have held out:
     `gmp.data.captions.split` takes the same pictures first, however many.
     """
-    told = {file.source.path: count for file in encoders if (count := held_out(index, keys, file)) is not None}
-    if not told:
-        return index, []
-    trained = " and ".join(told)
-    if not min(told.values()):
-        return index, [f"{trained} was trained on all of these pictures: it may know them by heart"]
-    part = split(index, keys, min(told.values()))[1]
-    return part, [
-        f"measured on the {len(part)} of {len(index)} pictures that the run of {trained} held out: the rest trained it"
-    ]
+    counts = [(file.source.path, held_out(index, keys, file)) for file in encoders if _run(file)]
+    other = " and ".join(dict.fromkeys(name for name, count in counts if count is None))
+    notes = [f"the run of {other} had another data set: pictures that are in both may be known to it"] if other else []
+    counts = [(name, count) for name, count in counts if count is not None]
+    if not counts:
+        return index, notes
+    least = min(count for _, count in counts)
+    trained = " and ".join(dict.fromkeys(name for name, count in counts if least or not count))
+    if not least:
+        return index, [*notes, f"{trained} was trained on all of these pictures: it may know them by heart"]
+    part = split(index, keys, least)[1]
+    left_out = f"measured on the {len(part)} of {len(index)} pictures that the run of {trained} held out"
+    return part, [*notes, f"{left_out}: the rest trained it"]

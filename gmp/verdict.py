@@ -310,7 +310,7 @@ def _advice(finding: str, target: Target, preset: Preset | None) -> str:
         "rearranged": "if pictures of the paired model still obey their prompts, raise broken_weight or leave it alone",
         "far": "if it was trained together with its diffusion model, raise broken_weight rather than anchor_weight, or "
         "leave it alone",
-        "loosened": "it is barely broken",
+        "loosened": "where it is read, prompts are only partly rearranged",
         "misaligned": "what is read is sound, the alignment alone seems to have suffered",
     }[finding]
     return f"Suggested repair: {preset}; {why}."

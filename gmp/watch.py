@@ -116,14 +116,15 @@ def checkpoints(folder: Path) -> dict[str, object]:
     best = None
     try:
         best = (_json(folder / "result.json") or (saved[-1].state() if saved else {})).get("best")
-    except (OSError, ValueError):  # it was replaced while it was read
+    except (OSError, ValueError, AttributeError):  # it was replaced while it was read, or is damaged
         pass
     return {"checkpoints": [one.step for one in saved], "best": best, "result": (folder / RESULT).exists()}
 
 
 def config(folder: Path) -> dict[str, object]:
     """Settings and identity of the inputs, where tensors came from, and what the data set holds."""
-    known = _json(folder / "run.json") or {}
+    known = _json(folder / "run.json")
+    known = known if isinstance(known, dict) else {}
     inputs = {name: known.get(name) for name in ("text", "vision", "original", "dataset", "gmp_version")}
     report = _json(folder / "dataset.json")
     return {

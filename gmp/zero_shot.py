@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bootstrap import resamples, share
+from .bootstrap import difference, resamples, share
 from .clip import TextTower, VisionTower
 from .data.classes import Classes
 from .errors import InputError, some
@@ -199,7 +199,7 @@ def zero_shot(
 
 def gain(now: ZeroShot, before: ZeroShot, seed: int = 0) -> Interval:
     """top-1 minus that of another text encoder on the same pictures, which are drawn together in each resample."""
-    return share(torch.tensor(now.right).double() - torch.tensor(before.right).double(), seed)
+    return difference(torch.tensor(now.right).double() - torch.tensor(before.right).double(), seed)
 
 
 def tell_classes(image_features: Tensor, class_features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

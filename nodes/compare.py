@@ -11,20 +11,22 @@ from comfy_api.latest import io
 
 from ..gmp import READ_POINTS
 from ..gmp.compare import Geometry, check_alike, geometry, weight_drift
-from ..gmp.comparison import PICTURES, Comparison, compare, own_prompts
+from ..gmp.comparison import PICTURES, Comparison, compare, over_steps, own_prompts
 from ..gmp.data.captions import Index
 from ..gmp.errors import InputError
-from ..gmp.events import Event, finish
+from ..gmp.events import finish
 from ..gmp.layouts import TowerFile
 from ..gmp.pca import check_umap
 from ..gmp.plots import pixels, plot_distributions, plot_layers
 from ..gmp.prompts import prompts as shipped
-from . import host, routes
+from . import host, routes, runs
 from .sockets import (
     CATEGORY,
     ClipParts,
     Dataset,
     ReassembledCLIP,
+    Run,
+    RunHandle,
     TextEncoder,
     VisionPart,
     original_input,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WITH_PICTURES = "pictures and captions"
+OVER_STEPS = "recall and drift over steps"
 _last: dict[object, Comparison] = {}  # the newest one, so that another picture of it is drawn at once
 
 
@@ -58,7 +61,7 @@ class CompareCLIPs(io.ComfyNode):
                 TextEncoder.Input("broken", tooltip="The text encoder to hold against it."),
                 io.Combo.Input(
                     "picture",
-                    options=list(PICTURES),
+                    options=[*PICTURES, OVER_STEPS],
                     default="weights by block",
                     tooltip="What to draw. Pictures and captions needs a gmp_clip and a dataset.",
                 ),
@@ -76,6 +79,7 @@ class CompareCLIPs(io.ComfyNode):
                     tooltip="Has the vision tower for pictures and captions, and lends a text projection.",
                 ),
                 Dataset.Input("dataset", optional=True, tooltip="Captioned pictures; up to 150 of them are drawn."),
+                Run.Input("run", optional=True, tooltip="A run of GmP Repair, for recall and drift over steps."),
                 io.String.Input(
                     "prompts",
                     default="",
@@ -113,6 +117,7 @@ class CompareCLIPs(io.ComfyNode):
         repaired: TowerFile | None = None,
         gmp_clip: ClipParts | None = None,
         dataset: Index | None = None,
+        run: RunHandle | None = None,
         prompts: str = "",
         umap: bool = False,
     ) -> io.NodeOutput:
@@ -122,9 +127,15 @@ class CompareCLIPs(io.ComfyNode):
             dataset = None
         elif gmp_clip is None or dataset is None:
             raise InputError(f"{WITH_PICTURES} needs both a gmp_clip and a dataset; connect them, or draw another.")
+        if picture == OVER_STEPS and run is None:
+            raise InputError(f"{OVER_STEPS} needs a run of GmP Repair; connect its run, or draw another.")
         files = {"original": original_text(original), "broken": broken} | ({"repaired": repaired} if repaired else {})
         one = _compared(files, prompts.strip(), gmp_clip, dataset)
-        image = _image(PICTURES[picture](one, read_point, umap))
+        if picture == OVER_STEPS:
+            figure = over_steps(run.folder, runs.watch.history(run.folder, 0))
+        else:
+            figure = PICTURES[picture](one, read_point, umap)
+        image = _image(figure)
         lines = one.lines(read_point)
         documents = json.dumps(one.documents(), allow_nan=False)
         return routes.with_text(cls, "\n· ".join(lines), image, "\n".join(lines), documents)
@@ -136,13 +147,6 @@ def _compared(files: dict[str, TowerFile], prompts: str, clip: ClipParts | None,
     key = weights, prompts, lent, index and (index.root, index.pictures)
     if key in _last:
         return _last[key]
-    progress = host.Progress()
-
-    def hear(event: Event) -> None:
-        if event["type"] == "progress":
-            progress.show(event["done"], event["total"])
-        host.raise_if_interrupted()
-
     tensors = [tensor for file in files.values() for tensor in file.state.values()]
     host.make_room(sum(tensor.nbytes for tensor in tensors))
     original = files["original"]
@@ -157,7 +161,7 @@ def _compared(files: dict[str, TowerFile], prompts: str, clip: ClipParts | None,
             lender=clip and clip.original,
             cache=host.cache_folder(),
         )
-        found = finish(events, hear)
+        found = finish(events, host.Progress().hear)
     _last.clear()
     _last[key] = found
     return found

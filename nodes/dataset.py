@@ -66,7 +66,10 @@ class CaptionDataset(io.ComfyNode):
     @classmethod
     def execute(cls, folder: str, captions: str, missing_ok: bool = False) -> io.NodeOutput:
         labels = None if captions == BESIDE else host.input_path(captions)
-        index = read_index(host.input_path(folder), labels, missing_ok)
+        try:
+            index = read_index(host.input_path(folder), labels, missing_ok)
+        except InputError as error:
+            raise InputError(host.without_folders(str(error))) from None
         return routes.with_text(cls, _report(index), index)
 
 

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..gmp.data.captions import Index
 from ..gmp.diagnose import Pictures, diagnose
 from ..gmp.diagnosis import as_document, lines
-from ..gmp.events import Event, finish
+from ..gmp.events import finish
 from ..gmp.layouts import TowerFile
 from ..gmp.plots.diagnosis import plot_diagnosis
 from ..gmp.plots.figure import pixels
@@ -68,13 +68,6 @@ class Diagnose(io.ComfyNode):
         cls, text_encoder: TowerFile, original: VisionPart, target: str, dataset: Index | None = None
     ) -> io.NodeOutput:
         known = original_text(original)
-        progress = host.Progress()
-
-        def hear(event: Event) -> None:
-            if event["type"] == "progress":
-                progress.show(event["done"], event["total"])
-            host.raise_if_interrupted()
-
         host.make_room(2 * sum(tensor.nbytes for tensor in text_encoder.state.values()))
         with torch.inference_mode(False):
             events = diagnose(
@@ -85,8 +78,11 @@ class Diagnose(io.ComfyNode):
                 pictures=dataset and Pictures(original.vision, dataset, host.cache_folder()),
                 device=host.device(),
             )
-            found = finish(events, hear)
+            found = finish(events, host.Progress().hear)
             image = torch.from_numpy(pixels(plot_diagnosis(found)))[None]
         words = lines(found)
+        shown = words[: -len(found.parts)]  # every part is in the picture
+        shown.append("part by part: the outputs image and text")
         document = json.dumps(as_document(found), allow_nan=False)
-        return routes.with_text(cls, "\n· ".join(words), "\n".join(words), document, image)
+        plain = "\n· ".join(shown).replace("`", "")  # one canvas shows these, the other in colours hard to read
+        return routes.with_text(cls, plain, "\n".join(words), document, image)

@@ -417,3 +417,9 @@ class Progress:
         if total != self._total:  # a bar of ComfyUI's never goes back
             self._total, self._bar = total, comfy.utils.ProgressBar(max(1, total))
         self._bar.update_absolute(done)
+
+    def hear(self, event: dict[str, object]) -> None:
+        """Shows an event of the engine that tells progress. Raises ComfyUI's interrupt where the user has cancelled."""
+        if event["type"] == "progress":
+            self.show(event["done"], event["total"])
+        raise_if_interrupted()

@@ -15,7 +15,7 @@ from ..gmp.data.captions import Index
 from ..gmp.data.classes import read_classes
 from ..gmp.errors import InputError
 from ..gmp.evaluate import evaluate
-from ..gmp.events import Event, finish
+from ..gmp.events import finish
 from ..gmp.layouts import TowerFile
 from ..gmp.measurement import lines
 from ..gmp.plots.confusion import plot_confusion, plot_no_classes
@@ -142,13 +142,6 @@ class MeasureCLIP(io.ComfyNode):
             raise InputError("There is nothing to measure on: connect a dataset, or choose a folder of classes.")
         text = gmp_clip.text
         encoders = {"before": text, "encoder": text_encoder} if text_encoder else {"encoder": text}
-        progress = host.Progress()
-
-        def hear(event: Event) -> None:
-            if event["type"] == "progress":
-                progress.show(event["done"], event["total"])
-            host.raise_if_interrupted()
-
         towers = (text, gmp_clip.vision, *((gmp_clip.original,) if gmp_clip.original else ()))
         host.make_room(sum(tensor.nbytes for tower in towers for tensor in tower.state.values()))
         with torch.inference_mode(False):
@@ -166,10 +159,12 @@ class MeasureCLIP(io.ComfyNode):
                     typographic=typographic,
                     relations=relations,
                 ),
-                hear,
+                host.Progress().hear,
             )["encoder"]
         told = lines(found.document)
-        shown = "\n· ".join(" ".join(line.split()) for line in told)
+        head, *rows = (" ".join(line.split()) for line in told)
+        rows.sort(key=lambda row: not row.startswith("note: "))  # what forbids a conclusion stands before the numbers
+        shown = "\n· ".join([head, *rows])
         figure = plot_confusion(found.zero_shot) if found.zero_shot else plot_no_classes()
         image = torch.from_numpy(pixels(figure))[None]
         return routes.with_text(cls, shown, "\n".join(told), json.dumps(found.document, allow_nan=False), image)

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..gmp.clip import CLIPConfig
 from ..gmp.config import BEST_BY, PRECISIONS, TRAIN, Anchor, RepairConfig
 from ..gmp.data.captions import Index
-from ..gmp.events import Event, finish
+from ..gmp.events import finish
 from ..gmp.features import content_keys
 from ..gmp.memory import estimate
 from ..gmp.run import Inputs, check_anchors, describe_run, repair, run_id
@@ -355,9 +355,4 @@ def _ancestors(prompt: dict[str, dict], node: str) -> dict[str, dict]:
 def _keys(dataset: Index, cache: Path, progress: host.Progress) -> list[str]:
     """The hash of every picture; quick for those that have been hashed before."""
     names = [picture.path for picture in dataset.pictures]
-
-    def show(event: Event) -> None:
-        progress.show(event["done"], event["total"])
-        host.raise_if_interrupted()
-
-    return finish(content_keys(dataset.root, names, cache), show)
+    return finish(content_keys(dataset.root, names, cache), progress.hear)

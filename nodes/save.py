@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..gmp.errors import InputError
-from ..gmp.events import Event, finish
+from ..gmp.events import finish
 from ..gmp.geometric import split_mlps
 from ..gmp.join import join
 from ..gmp.layouts import TowerFile, insert_text, write_clip, write_text
@@ -209,13 +209,7 @@ def _write_checkpoint(encoder: TowerFile, checkpoint: str, path: Path, metadata:
 def _write_lora(
     repaired: TowerFile, broken: TowerFile, path: Path, rank: int, dtype: str, metadata: dict[str, str]
 ) -> list[str]:
-    progress = host.Progress()
-
-    def hear(event: Event) -> None:
-        progress.show(event["done"], event["total"])
-        host.raise_if_interrupted()
-
-    lora = finish(repair_lora(repaired, broken, rank, dtype=dtype), hear)
+    lora = finish(repair_lora(repaired, broken, rank, dtype=dtype), host.Progress().hear)
     write_lora(lora, path, metadata)
     left_out: dict[str, list[str]] = {}
     for row in lora.left_out:

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..gmp.blend import ALONG, STRONGEST, blend_encoders
 from ..gmp.data.captions import Index
 from ..gmp.errors import InputError
-from ..gmp.events import Event, finish
+from ..gmp.events import finish
 from ..gmp.layouts import TowerFile
 from ..gmp.plots.figure import pixels
 from ..gmp.plots.strength import plot_scan
@@ -163,13 +163,6 @@ class StrengthScan(io.ComfyNode):
                 f"{gmp_clip.vision.source.path} has no text tower to measure against: load the full original CLIP as "
                 "vision tower, or connect original to Reassemble CLIP."
             )
-        progress = host.Progress()
-
-        def hear(event: Event) -> None:
-            if event["type"] == "progress":
-                progress.show(event["done"], event["total"])
-            host.raise_if_interrupted()
-
         with torch.inference_mode(False):
             host.make_room(_needed(gmp_clip))
             broken = gmp_clip.text
@@ -186,7 +179,7 @@ class StrengthScan(io.ComfyNode):
                 cache=host.cache_folder(),
                 device=host.device(),
             )
-            found = finish(events, hear)
+            found = finish(events, host.Progress().hear)
             suggested = found.suggested.strength
             strength = 1.0 if suggested is None else suggested
             made = blend_encoders(broken, repaired, strength, along)

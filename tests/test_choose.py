@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import sys
 
 import pytest
 import torch
@@ -66,6 +67,21 @@ def test_what_is_not_a_number_is_the_least():
     for losses, cosine in (({"loss": float("inf")}, 0.0), (finite, float("nan"))):
         by = "objective" if losses is not finite else "pooled"
         assert goodness(by, losses, {"drift": {"pooled": {"cosine": cosine}}}) < goodness("objective", finite, {})
+
+
+def test_a_run_whose_start_cannot_be_measured_keeps_that_as_the_worst(start, tmp_path, monkeypatch):
+    monkeypatch.setattr("gmp.session.held_out_loss", lambda *_: {"loss": float("nan"), "contrastive": float("nan")})
+    events = list(start(CONFIG, tmp_path / "run"))
+    assert events[-1]["type"] == "done"
+    best = result(tmp_path / "run")["best"]
+    assert best["step"] == 0 and best["loss"] == -best["worth"] == sys.float_info.max
+
+
+def test_where_nothing_could_be_held_out_patience_ends_nothing(start, tmp_path, monkeypatch):
+    monkeypatch.setattr("gmp.run.held_out_count", lambda *_: 0)  # as copies of one picture may have it
+    events = list(start(dataclasses.replace(CONFIG, measure_every=1, patience=1), tmp_path / "run"))
+    assert not steps("measure", events)
+    assert steps("step", events)[-1] == events[-1]["step"] and not events[-1]["early"]
 
 
 def test_it_ends_early_when_nothing_gets_better(start, tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from gmp.cli import main
+from gmp.cli import _parser, main
 from gmp.files import read_header
 from gmp.world.models import ASSETS, ORIGINAL, RUINED
 
@@ -229,7 +230,7 @@ def test_the_result_is_measured_and_repeated(world, tmp_path):
     before = answer("measure", *TOWERS, *data(world))
     after = answer("measure", "--text", first["text_encoder"], *TOWERS[2:], *data(world))
     found, lost = (one["retrieval"]["text_to_image"]["recall_at_1"] for one in (after, before))
-    assert found["value"] >= found["low"] > 0.8 > 0.5 > lost["high"] > lost["value"]
+    assert found["value"] >= found["low"] > 0.7 > 0.5 > lost["high"] > lost["value"]
     assert (after["retrieval"]["images"], before["retrieval"]["images"]) == (15, 300)  # what the run held out, and all
     assert after["drift"]["penultimate"]["cosine"] > before["drift"]["penultimate"]["cosine"] + 0.1
     assert read_header(first["text_encoder"]).metadata["gmp_version"]
@@ -311,6 +312,121 @@ def test_bad_input_is_met_with_one_sentence(world, tmp_path):
     assert "contradict" in complaint("repair", *TOWERS, *pictures, *run, "--anchor", "pooled=1", "--no-anchor")
     assert "there is cpu" in complaint("repair", *TOWERS, *pictures, *run, "--device", "nonsense")
     assert "match no parameter" in complaint("repair", *TOWERS, *pictures, *run, "--rate", "nothing*=0", "--batch", 50)
+
+
+def test_what_is_left_out_of_captioned_pictures_is_named(tmp_path):
+    for number, colour in enumerate(("red", "green", "blue", "white")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{colour}.png")
+        if number:
+            (tmp_path / f"{colour}.txt").write_text(f"a {colour} square")
+    (tmp_path / "black.txt").write_text("a black square")
+    found = gmp("measure", *TOWERS, "--images", tmp_path, "--cache", tmp_path / "cache")
+    assert "left out: without captions: 1: red.png" in found.stderr
+    assert "left out: text files without a picture: 1: black.txt" in found.stderr
+    (tmp_path / "captions.json").write_text(json.dumps({"red.png": "red", "blue.png": "blue", "gone.png": "gone"}))
+    named = ("--images", tmp_path, "--captions", tmp_path / "captions.json", "--cache", tmp_path / "cache")
+    compare = ("compare", ASSETS / ORIGINAL, ASSETS / RUINED, "--out", tmp_path / "compared", *named)
+    assert "gone.png" in complaint(*compare)
+    assert "left out: not found: 1: gone.png" in gmp(*compare, "--allow-missing").stderr
+
+
+def test_a_class_without_a_readable_picture_is_named(world, tmp_path):
+    for colour in ("red", "green", "blue"):
+        (tmp_path / colour).mkdir()
+        Image.new("RGB", (64, 64), colour).save(tmp_path / colour / "0.png")
+    (tmp_path / "red" / "0.png").write_text("no picture")
+    table = gmp("measure", *TOWERS, "--classes", tmp_path, "--cache", world.parent / "cache").stdout
+    assert "no readable picture of red" in table
+    labels = ("measure", *TOWERS, "--classes", tmp_path, "--labels")
+    assert "is not there. Give a CSV file" in complaint(*labels, tmp_path / "none.csv")
+    assert "is a folder. Give a CSV file" in complaint(*labels, tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
+    def never(*arguments, **more):
+        raise AssertionError("a file was read")
+
+    monkeypatch.setattr("gmp.layouts.read_text", never)
+    file, folder = tmp_path / "file.json", tmp_path / "folder.png"
+    file.write_text("{}")
+    folder.mkdir()
+    ends = ("--broken", ASSETS / RUINED, "--repaired", ASSETS / ORIGINAL, "--original", ASSETS / ORIGINAL)
+    diagnose = ("diagnose", ASSETS / RUINED, "--original", ASSETS / ORIGINAL)
+    assert "file.json is no folder" in complaint("scan", *ends, "--out", file)
+    assert "file.json is no folder" in complaint(*diagnose, "--out", file / "below" / "found.png")
+    assert "is a folder; give the name of a file" in complaint(*diagnose, "--out", folder, "--force")
+    assert "file.json is no folder" in complaint("measure", *TOWERS, "--images", tmp_path, "--out", file / "found.json")
+    assert "file.json is no folder" in complaint(
+        "compare", ASSETS / ORIGINAL, ASSETS / RUINED, "--out", file / "compared"
+    )
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert f"nothing may be made in {tmp_path}" in complaint(*diagnose, "--out", tmp_path / "found.png")
+
+
+def test_a_diagnosis_ends_with_its_repair_as_a_command(tmp_path):
+    broken = tmp_path / "a broken one.safetensors"
+    broken.write_bytes((ASSETS / RUINED).read_bytes())
+    picture = tmp_path / "below" / "found.png"
+    done = gmp("diagnose", broken, "--original", ASSETS / ORIGINAL, "--out", picture)
+    assert picture.exists() and f"picture: {picture}" in done.stdout and "note: " not in done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("the suggested repair"))
+    words = shlex.split(line.partition(": ")[2])
+    assert words[:3] == ["python", "-m", "gmp"]
+    options = _parser().parse_args(words[3:])
+    assert (options.text, options.vision, options.epochs) == (broken, ASSETS / ORIGINAL, 5)
+    assert options.anchor == ["original:penultimate=0.3", "broken:penultimate=0.3"]
+    same = gmp("diagnose", ASSETS / ORIGINAL, "--original", ASSETS / ORIGINAL).stdout
+    assert "the suggested repair" not in same
+
+
+def test_a_doubtful_original_is_doubted_and_a_wrong_one_named(tmp_path):
+    swapped = gmp("diagnose", ASSETS / ORIGINAL, "--original", ASSETS / RUINED).stderr
+    assert "make sure that the two are not swapped" in swapped
+    repaired = tmp_path / "repaired.safetensors"
+    save_file(load_file(ASSETS / ORIGINAL), repaired, {"gmp_run": "{}"})
+    assert "written by a repair" in gmp("diagnose", ASSETS / RUINED, "--original", repaired).stderr
+    save_file(
+        {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(2, 2)}, tmp_path / "l.safetensors"
+    )
+    lora = complaint("diagnose", ASSETS / RUINED, "--original", tmp_path / "l.safetensors")
+    assert "l.safetensors is a LoRA" in lora and "unless an original is given" not in lora
+
+
+def test_a_blend_refuses_options_that_would_do_nothing(tmp_path):
+    blend = ("blend", "--broken", ASSETS / RUINED, "--repaired", ASSETS / ORIGINAL, "--strength", 1)
+    out = ("--out", tmp_path / "blended.safetensors")
+    assert "give --toward-original" in complaint(*blend, "--original", ASSETS / ORIGINAL, *out)
+    assert "with --original" in complaint(*blend, "--toward-original", 0.5, *out)
+    same = gmp("blend", "--broken", ASSETS / RUINED, "--repaired", ASSETS / RUINED, "--strength", 1, *out)
+    assert "hold the same weights" in same.stderr
+
+
+def test_a_comparison_says_why_there_is_little_to_see(world, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na red car\nthe sea at night\n")
+    compare = ("compare", ASSETS / ORIGINAL, ASSETS / ORIGINAL, "--prompts", tmp_path / "prompts.txt", *data(world))
+    done = gmp(*compare, "--out", tmp_path / "compared")
+    assert "hold the same weights" in done.stdout and "4 prompts are too few to judge CKA by" in done.stdout
+    assert "150 of 300 pictures are drawn, evenly taken" in done.stdout
+    assert "is no file; --prompts" in complaint(*compare[:3], "--prompts", tmp_path, "--out", tmp_path / "other")
+
+
+def test_a_report_replaces_nothing_unasked_and_says_what_its_run_lacks(world, tmp_path):
+    run = tmp_path / "run"
+    gmp("repair", *TOWERS, *data(world), "--out", run, "--epochs", 1, "--batch", 100)
+    page, model = tmp_path / "below" / "page.html", run / "text_encoder.safetensors"
+    weights = model.read_bytes()
+    assert "end in .html" in complaint("report", run, "--out", model)
+    assert model.read_bytes() == weights
+    assert "no comparison" not in gmp("report", run, "--out", page).stdout
+    assert "exists; choose another name, or pass --force" in complaint("report", run, "--out", page)
+    gmp("report", run, "--out", page, "--force")
+    gmp("report", run)
+    (run / "evidence.json").unlink()
+    assert "there is no comparison of before, after and original" in gmp("report", run).stdout
+    assert "automatic" in gmp("runs", "show", run).stdout
+    (run / "run.json").write_text("{")
+    assert "tells no settings" in gmp("report", run).stderr
+    assert "tells no settings" in gmp("runs", "show", run).stderr
 
 
 def test_the_demo_keeps_its_promise(tmp_path):

@@ -18,7 +18,7 @@ from gmp.cli import main
 from gmp.clip import TextTower, load
 from gmp.commands.compare import names
 from gmp.compare import BINS, REACH, check_alike, geometry, layer_of, neighbours, similarity, weight_drift
-from gmp.comparison import PICTURES, build_towers, compare, own_prompts
+from gmp.comparison import FEW_PROMPTS, PICTURES, build_towers, compare, own_prompts
 from gmp.data.captions import read_index
 from gmp.errors import InputError
 from gmp.events import finish
@@ -324,7 +324,11 @@ def test_a_comparison_holds_what_its_parts_compute(small):
     assert one.drift["broken"] == drift(towers[1], towers[0], ids)
     assert all(moved.cosine == pytest.approx(1) for moved in one.drift["same"].values())
     assert all(moved.cosine < 0.999 for moved in one.drift["broken"].values())
-    assert one.warnings == ("b.safetensors has no usable text_projection; the original lends its own",)
+    assert one.warnings == (
+        "b.safetensors has no usable text_projection; the original lends its own",
+        "same and original hold the same weights",
+        f"{len(PROMPTS)} prompts are too few to judge CKA by; give {FEW_PROMPTS} or more",
+    )
     assert {event["stage"] for event in events} == {"compare weights", "read prompts"}
     assert [e["done"] for e in events if e["stage"] == "read prompts"] == [0, 1, 2, 3]
 

@@ -18,12 +18,13 @@ from gmp import READ_POINTS
 from gmp.cli import main
 from gmp.commands.diagnose import TARGETS as OFFERED
 from gmp.config import Anchor, RepairConfig
-from gmp.data.captions import read_index
+from gmp.data.captions import dataset_key, read_index
 from gmp.diagnose import TARGETS, Pictures, diagnose
 from gmp.diagnosis import Diagnosis, as_document, lines
 from gmp.errors import InputError
 from gmp.evaluate import SCHEMA
 from gmp.events import finish
+from gmp.features import content_keys
 from gmp.layouts import TowerFile, read_text, read_vision
 from gmp.plots.diagnosis import plot_diagnosis
 from gmp.plots.figure import pixels
@@ -176,6 +177,16 @@ def test_roundings_are_told_from_small_changes():
     assert not is_rounding(exact * 1.0001, exact)
 
 
+@pytest.mark.parametrize("last", [torch.bfloat16, torch.float8_e4m3fn])
+def test_what_was_rounded_twice_was_not_trained(last):
+    start = changed(noise(1e-3, lambda name: name != "logit_scale"))
+    twice = changed(round_to(last), changed(round_to(torch.float16), start))
+    once = changed(round_to(last), start)
+    assert any(not torch.equal(twice.state[name], once.state[name]) for name in start.state)  # or it shows nothing
+    trained = what_was_trained(twice.state, start.state)
+    assert trained.pattern == "rounded" and trained.token_rows == 0
+
+
 def test_noise_of_a_hundredth_is_moved_and_healthy():
     one = found(changed(noise(0.01, matrix)))
     assert one.verdict.finding == "healthy" and one.verdict.preset is None
@@ -220,6 +231,8 @@ def test_textual_inversion_is_told_by_its_rows_though_the_rest_was_rounded():
     one = finish(diagnose(encoder, start))
     assert one.trained.pattern == "embeddings" and one.trained.token_rows == 2
     assert "Textual inversion" in one.trained.text and "2 rows" in one.trained.text
+    whole = what_was_trained(changed(noise(0.1, lambda name: "token" in name)).state, START.state)
+    assert whole.pattern == "embeddings" and "Textual inversion" not in whole.text
 
 
 def test_tokens_that_no_prompt_has_are_said_to_be_unseen():
@@ -366,6 +379,17 @@ def test_too_few_pictures_are_a_warning_and_no_verdict(world):
     assert "probably" in one.verdict.text
 
 
+def test_pictures_that_the_encoder_was_trained_on_do_not_count(world, measured):
+    index = read_index(world, world / "captions.json")
+    names = [picture.path for picture in index.pictures]
+    keys = dict(zip(names, finish(content_keys(index.root, names, world.parent / "cache")), strict=True))
+    run = {"config": {"held_out": 0.5, "held_out_most": 30}, "dataset": dataset_key(index, keys)}
+    encoder = replace(BROKEN, source=replace(BROKEN.source, metadata={"gmp_run": json.dumps(run)}))
+    one = look(world, encoder)
+    assert measured.alignment.images == LEAST_PAIRS + 20 and one.alignment.images == 30
+    assert any("held out" in warning for warning in one.warnings)
+
+
 def test_pictures_that_the_original_does_not_find_tell_nothing():
     alignment, warnings = align(0.95, (0.001, 0.002), 500)
     assert not alignment.measured and alignment.finding == "aligned"
@@ -394,6 +418,18 @@ def test_towers_of_other_shapes_are_refused_by_name(change, words):
     with pytest.raises(InputError, match=words) as refusal:
         finish(diagnose(BROKEN, other))
     assert BROKEN.source.path in str(refusal.value) and "other.pt" in str(refusal.value)
+
+
+def test_an_original_without_its_last_block_is_refused_for_any_encoder():
+    def short(file: TowerFile) -> TowerFile:
+        state = {name: tensor for name, tensor in file.state.items() if f".{LAYERS - 1}." not in name}
+        source = replace(file.source, missing=(f"transformer.resblocks.{LAYERS - 1}",))
+        return TowerFile(state, replace(file.config, layers=LAYERS - 1), source)
+
+    for encoder in (BROKEN, short(BROKEN)):
+        with pytest.raises(InputError, match="ends before its last block"):
+            finish(diagnose(encoder, short(START)))
+    assert finish(diagnose(short(BROKEN), START)).verdict.finding == found(BROKEN).verdict.finding
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -11,7 +11,7 @@ import torch
 from gmp.clip import CLIP as Clip
 from gmp.clip import CLIPConfig, TextConfig, VisionConfig, initialize
 from gmp.errors import InputError
-from gmp.join import START_LOGIT_SCALE, join
+from gmp.join import START_LOGIT_SCALE, join, text_tower
 from gmp.layouts import Source, TowerFile
 
 CONFIG = CLIPConfig(TextConfig(32, 3, 2, 64, 20, 64, 32), VisionConfig(48, 1, 2, 64, 16, 32, 32))
@@ -103,7 +103,12 @@ def test_sd2s_text_encoder_is_given_its_last_block():
     found = origins(joined)
     assert all(found[name] == "full" and torch.equal(joined.state[name], whole.state[name]) for name in last)
     assert found["transformer.resblocks.1.ln_1.weight"] == "sd2"
-    joined.build()
+    ids = torch.randint(0, 50, (3, CONFIG.text.context_length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():  # the teacher of an anchor reads where the student does
+        student, teacher = joined.build()(ids), text_tower(short, joined)(ids)
+    assert torch.equal(student.penultimate, teacher.penultimate) and torch.equal(student.pooled, teacher.pooled)
+    with pytest.raises(InputError, match="sd2 ends before its last block; give the full original CLIP"):
+        text_tower(short, join(whole, vision, whole))
 
 
 def test_a_shorter_tower_that_is_not_known_to_lack_a_block_stays_short():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gmp import READ_POINTS
+from gmp import READ_POINTS, bootstrap
 from gmp import measure as module
 from gmp.clip import TextConfig, TextTower
 from gmp.events import finish
@@ -26,6 +26,7 @@ from gmp.measure import (
     rank_pairs,
     resample,
     retrieval,
+    share_interval,
     summarize,
     text_features,
     with_intervals,
@@ -428,3 +429,29 @@ def test_measure_tower_is_json_without_and_with_a_reference():
     found = measure_tower(one, images, ids, range(9), tower(1))
     assert set(found["drift"]) == set(READ_POINTS)
     assert set(found["drift"]["pooled"]) == {"cosine", "one_minus_cosine", "relative_norm"}
+
+
+# ---- shares near 0 and 1
+
+
+def test_a_share_of_few_misses_has_wilsons_interval():
+    samples = torch.full((1000,), 1.0, dtype=torch.float64)
+    found = share_interval(1.0, samples, 30)
+    assert found.low == pytest.approx(30 / (30 + 1.959964**2)) and found.high == 1.0  # n / (n + z²)
+    assert share_interval(0.0, samples * 0, 30).high == pytest.approx(1.959964**2 / (30 + 1.959964**2))
+
+
+def test_a_share_of_many_misses_has_the_bootstraps():
+    samples = torch.linspace(0.4, 0.6, 1001, dtype=torch.float64)
+    assert share_interval(0.5, samples, 100) == interval(0.5, samples)
+
+
+@pytest.mark.parametrize(("share", "pictures"), [(0.97, 30), (0.98, 100), (0.9, 100), (0.5, 100)])
+def test_intervals_of_shares_hold_the_true_value(share, pictures):
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for seed in range(200):
+        hits = (torch.rand(pictures, generator=generator, dtype=torch.float64) < share).double()
+        found = bootstrap.share(hits, seed)
+        held += found.low <= share <= found.high
+    assert held >= 0.9 * 200

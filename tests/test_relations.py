@@ -251,7 +251,7 @@ def test_the_worlds_clip_tells_colours_and_sizes_and_the_ruined_one_worse(tmp_pa
     index, images, _ = finish(embed_index(original.visual, index, tmp_path / "cache"))
     words = tokenizer_for(77, "clip_l")
     good, bad = (finish(relations(clip, words, index, images)).kinds for clip in (original, ruined))
-    assert good["colour"].accuracy.low > 0.85 and good["size"].accuracy.low > 0.95
+    assert good["colour"].accuracy.low > 0.85 and good["size"].accuracy.low > 0.9
     for kind in ("colour", "size"):
         assert bad[kind].accuracy.high < good[kind].accuracy.low
     for found in (good, bad):

@@ -322,11 +322,17 @@ def test_of_the_pictures_that_a_run_was_trained_on_only_those_held_out_are_measu
     assert words.startswith(f"measured on the 8 of 26 pictures that the run of {known.source.path} held out")
 
 
+def test_nor_those_that_the_broken_encoder_was_trained_on(inputs, repaired, tmp_path):
+    known, _ = with_run(inputs.text, inputs, inputs.index, held_out=0.3)  # it was repaired once before
+    one = measured(replace(inputs, text=known), repaired, inputs.index, cache=tmp_path, strengths=even(3))
+    assert one.pictures == 8 and any(known.source.path in words for words in one.warnings)
+
+
 def test_of_other_pictures_all_are_measured_up_to_a_limit(inputs, repaired, tmp_path, monkeypatch):
     others = replace(inputs.index, pictures=inputs.index.pictures[:-2])
     known, _ = with_run(repaired, inputs, others, held_out=0.3)
     one = measured(inputs, known, inputs.index, cache=tmp_path, strengths=even(3))
-    assert one.pictures == PICTURES and not one.warnings and MOST > PICTURES
+    assert one.pictures == PICTURES and "had another data set" in one.warnings[0] and MOST > PICTURES
     monkeypatch.setattr(gmp.strength, "MOST", 10)
     assert measured(inputs, known, inputs.index, cache=tmp_path, strengths=even(3)).pictures == 10
 

@@ -196,3 +196,12 @@ def test_the_end_of_text_is_the_configs_where_the_vocabulary_goes_on_behind_it()
     torch.testing.assert_close(prompt_vectors(made, ids)["pooled"], made(ids).pooled, rtol=1e-4, atol=1e-5)
     last = made(ids).last
     torch.testing.assert_close(prompt_vectors(made, ids)["last"][0], last[0, 1:6].mean(dim=0), rtol=1e-4, atol=1e-5)
+
+
+def test_vectors_that_are_not_finite_have_no_structure():
+    whole = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    found = compare_structure(
+        {"pooled": torch.full((6, 3), torch.nan), "last": whole}, {"pooled": whole, "last": whole}
+    )
+    assert all(math.isnan(value) for value in vars(found["pooled"]).values())
+    assert found["last"].cka == pytest.approx(1)

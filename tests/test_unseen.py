@@ -66,6 +66,16 @@ def test_of_two_runs_the_pictures_that_both_held_out(ran, inputs):
     assert part == inputs.index and "trained on all of these" in words[0]
 
 
+def test_two_runs_whose_files_have_one_name_are_two_runs(ran, inputs):
+    encoder, _, keys, _ = ran
+    run = json.loads(encoder.source.metadata["gmp_run"])
+    run["config"]["held_out"] = 0.2
+    source = dataclasses.replace(encoder.source, metadata={"gmp_run": json.dumps(run)})
+    fewer = dataclasses.replace(encoder, source=source)
+    for both in ([encoder, fewer], [fewer, encoder]):
+        assert unseen(inputs.index, keys, both)[0] == split(inputs.index, keys, 5)[1]
+
+
 @pytest.mark.parametrize("metadata", [{}, {"gmp_run": "{"}, {"gmp_run": "[]"}, {"gmp_run": '{"config": 3}'}])
 def test_without_a_run_all_pictures_count(ran, inputs, metadata):
     encoder, _, keys, _ = ran
@@ -77,4 +87,5 @@ def test_without_a_run_all_pictures_count(ran, inputs, metadata):
 def test_other_pictures_all_count(ran, inputs):
     encoder, _, keys, _ = ran
     fewer = dataclasses.replace(inputs.index, pictures=inputs.index.pictures[1:])
-    assert unseen(fewer, keys, [encoder]) == (fewer, [])
+    part, (words,) = unseen(fewer, keys, [encoder])
+    assert part == fewer and "had another data set" in words

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import READ_POINTS
 from ..errors import InputError
+from ..events import Event
 from ..terminal import show
-from .towers import check_new, device
+from .towers import check_new, check_place, device, read_pictures
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from ..comparison import Comparison
     from ..prompts import Prompt
 
@@ -42,6 +45,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--images", type=Path, metavar="DIR", help="captioned pictures, to draw with their captions")
     parser.add_argument("--captions", type=Path, metavar="FILE", help="of --images; without: .txt files beside")
+    parser.add_argument("--allow-missing", action="store_true", help="leave out pictures that are named but not there")
     parser.add_argument("--vision", type=Path, metavar="FILE", help="vision tower for --images (the original's file)")
     parser.add_argument("--umap", action="store_true", help="UMAP in place of PCA; needs the package umap-learn")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps or auto, the best there is (auto)")
@@ -53,7 +57,8 @@ def compare(options: argparse.Namespace) -> object:
     paths = [options.out / f"{_file(name)}.{options.format}" for name in _pictures(options)]
     documents = [options.out / _document(place) for place in range(1, len(options.files))]
     check_new([*paths, *documents], options.force)
-    figures: dict[str, object] = {}
+    check_place([*paths, *documents])
+    figures: dict[str, Figure] = {}
     found = None
     if options.run:
         figures[MEASURES] = _over_steps(options)
@@ -61,9 +66,20 @@ def compare(options: argparse.Namespace) -> object:
         from ..comparison import PICTURES
 
         found = show(_compared(options))
-        drawn = [name for name in PICTURES if name in _pictures(options)]
-        figures |= {name: PICTURES[name](found, options.read_point, options.umap) for name in drawn}
+        drawn = {name: PICTURES[name] for name in PICTURES if name in _pictures(options)}
+        figures |= show(_drawn(drawn, found, options))
     return _write(options, figures, found, documents)
+
+
+def _drawn(
+    pictures: Mapping[str, Callable[..., Figure]], found: Comparison, options: argparse.Namespace
+) -> Generator[Event, None, dict[str, Figure]]:
+    figures = {}
+    for done, (name, draw) in enumerate(pictures.items()):
+        yield {"type": "progress", "stage": "draw pictures", "done": done, "total": len(pictures)}
+        figures[name] = draw(found, options.read_point, options.umap)
+    yield {"type": "progress", "stage": "draw pictures", "done": len(pictures), "total": len(pictures)}
+    return figures
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -99,21 +115,16 @@ def _document(place: int) -> str:
     return DOCUMENT if place == 1 else f"{Path(DOCUMENT).stem}_{place}.json"
 
 
-def _over_steps(options: argparse.Namespace) -> object:
-    from ..plots import plot_measures
-    from ..watch import Watch, checkpoints, find
+def _over_steps(options: argparse.Namespace) -> Figure:
+    from ..comparison import over_steps
+    from ..watch import Watch, find
 
     folder = find(options.folder, options.run)
-    best = checkpoints(folder)["best"]
-    history = Watch().history(folder, 0)
-    if not history["measures"]:
-        raise InputError(f"the run {folder.name} has measured nothing; it needs held-out pictures")
-    return plot_measures(history, best["step"] if best else None)
+    return over_steps(folder, Watch().history(folder, 0))
 
 
-def _compared(options: argparse.Namespace):
+def _compared(options: argparse.Namespace) -> Generator[Event, None, Comparison]:
     from ..comparison import compare as hold
-    from ..data.captions import read_index
     from ..features import default_cache
     from ..layouts import read_text, read_vision
     from ..prompts import prompts
@@ -121,22 +132,26 @@ def _compared(options: argparse.Namespace):
 
     chosen = read_prompts(options.prompts) if options.prompts else prompts()
     settings = (options.heads, options.activation, options.end_of_text)
-    files = dict(
-        zip(names(options.files), (read_text(p, options.member, *settings) for p in options.files), strict=True)
-    )
-    index = vision = None
+    index = read_pictures(options) if options.images else None  # before a bar is there
+    files = {}
+    for done, (name, path) in enumerate(zip(names(options.files), options.files, strict=True)):
+        yield {"type": "progress", "stage": "read files", "done": done, "total": len(options.files)}
+        files[name] = read_text(path, options.member, *settings)
+    yield {"type": "progress", "stage": "read files", "done": len(files), "total": len(files)}
+    vision = None
     if options.images:
-        index = read_index(options.images, options.captions)
         vision = read_vision(options.vision or options.files[0], options.vision_heads, options.activation)
     original = next(iter(files.values()))
-    return hold(
-        files,
-        chosen,
-        tokenizer_for(original.config.context_length, original.source.member),
-        device=device(options.device),
-        index=index,
-        vision=vision,
-        cache=options.cache or default_cache(),
+    return (
+        yield from hold(
+            files,
+            chosen,
+            tokenizer_for(original.config.context_length, original.source.member),
+            device=device(options.device),
+            index=index,
+            vision=vision,
+            cache=options.cache or default_cache(),
+        )
     )
 
 
@@ -155,6 +170,8 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     """Prompts of a text file, as `gmp.comparison.own_prompts` reads them. Raises InputError for one that is no text."""
     from ..comparison import own_prompts
 
+    if not path.is_file():
+        raise InputError(f"{path} is no file; --prompts is a text file with one prompt a line")
     try:
         return own_prompts(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
@@ -162,16 +179,12 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
 
 
 def _write(
-    options: argparse.Namespace, figures: dict[str, object], found: Comparison | None, documents: Sequence[Path]
+    options: argparse.Namespace, figures: Mapping[str, Figure], found: Comparison | None, documents: Sequence[Path]
 ) -> object:
     from ..files import write_json
-    from ..plots import save
 
     options.out.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, figure in figures.items():
-        written.append(options.out / f"{_file(name)}.{options.format}")
-        save(figure, written[-1])
+    written = show(_saved(options, figures))
     made = found.documents() if found else []
     for path, document in zip(documents, made, strict=True):
         write_json(document, path)
@@ -181,3 +194,15 @@ def _write(
     for path in written:
         print(f"written: {path}")
     return {"written": [str(path) for path in written], "comparisons": made}
+
+
+def _saved(options: argparse.Namespace, figures: Mapping[str, Figure]) -> Generator[Event, None, list[Path]]:
+    from ..plots import save
+
+    written = []
+    for name, figure in figures.items():
+        yield {"type": "progress", "stage": "write pictures", "done": len(written), "total": len(figures)}
+        written.append(options.out / f"{_file(name)}.{options.format}")
+        save(figure, written[-1])
+    yield {"type": "progress", "stage": "write pictures", "done": len(written), "total": len(figures)}
+    return written

@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING
 from ..errors import InputError
 from ..events import Event
 from ..terminal import show
-from .towers import check_new, device, read_towers
+from .towers import check_new, check_place, device, read_pictures, read_towers
 
 if TYPE_CHECKING:
     from ..data.classes import Classes
     from ..evaluate import Evaluation
+
+LEGEND = (
+    "recall@k: share of captions (text → image) and of pictures (image → text) whose own partner is among the first k. "
+    "CKA, rank correlation: 1 is arranged as by the original. mean cosine near 1: all texts look alike. told apart: "
+    "share of texts that differ from every other one. More: docs/measurements.md"
+)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +57,7 @@ def measure(options: argparse.Namespace) -> object:
     found = evaluation.document
     for line in lines(found):
         print(line)
+    print(LEGEND)
     for path in (options.confusion, options.out):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,18 +92,21 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError(f"{options.confusion} will be a picture; let its name end in .{' or .'.join(FORMATS)}")
     if options.out and options.out.suffix != ".json":
         raise InputError(f"{options.out} will be a JSON file; let its name end in .json")
-    check_new([path for path in (options.out, options.confusion) if path], options.force)
+    if options.templates and not options.templates.is_file():
+        raise InputError(f"{options.templates} is no file; --templates is a text file with a prompt on each line")
+    written = [path for path in (options.out, options.confusion) if path]
+    check_new(written, options.force)
+    check_place(written)
 
 
 def _measured(options: argparse.Namespace) -> Generator[Event, None, Evaluation]:
-    from ..data.captions import read_index
     from ..evaluate import evaluate
     from ..features import default_cache
     from ..layouts import read_text
     from ..tokenizer import tokenizer_for
     from ..zero_shot import read_templates
 
-    index = read_index(options.images, options.captions, options.allow_missing) if options.images else None
+    index = read_pictures(options) if options.images else None
     classes = _classes(options) if options.classes else None
     templates = read_templates(options.templates) if options.templates else None
     text, vision, original = read_towers(options)

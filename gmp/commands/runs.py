@@ -42,7 +42,9 @@ def show(options: argparse.Namespace) -> object:
         print(f"step {alarm['step']}: {alarm['alarm']} {'raised' if alarm['raised'] else 'cleared'}: {alarm['advice']}")
     settings = config(folder)["config"]
     for name, value in settings.items():
-        print(f"  {name}: {value}")
+        print(f"  {name}: {'automatic' if value is None else value}")
+    if not settings:
+        print(f"note: {folder / 'run.json'} tells no settings: it is damaged, or not a run's", file=sys.stderr)
     return seen | {"alarm_events": alarms, "config": settings}
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
+from ..events import Event
 from ..terminal import show
 from .files import check_writing
-from .towers import check_new, device
+from .towers import check_new, check_place, device, read_pictures
 
 if TYPE_CHECKING:
     from ..layouts import TowerFile
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 
 WAYS = ("weights", "r_and_theta", "r", "theta")  # gmp.blend.ALONG, which would import torch
 TARGETS = ("sdxl", "sd1", "flux")
+LEGEND = (
+    "CKA, rank corr.: 1 is prompts arranged as by the original; apart: share of prompts that differ from every other "
+    "one; to original, to broken: cosine of states. More: docs/measurements.md"
+)
 
 
 def scan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,9 +66,8 @@ def _add_ends(parser: argparse.ArgumentParser) -> None:
 
 
 def scan(options: argparse.Namespace) -> object:
-    from ..data.captions import read_index
     from ..features import default_cache
-    from ..layouts import read_lender, read_vision
+    from ..layouts import read_lender, read_text, read_vision
     from ..plots.figure import save
     from ..plots.strength import plot_scan
     from ..strength import even
@@ -73,11 +78,13 @@ def scan(options: argparse.Namespace) -> object:
         raise InputError("--captions needs --images, the folder with the pictures")
     written = [options.out / name for name in ("scan.png", "scan.json")] if options.out else []
     check_new(written, options.force)
-    index = read_index(options.images, options.captions, options.allow_missing) if options.images else None
-    broken, repaired = _read_ends(options)
+    check_place(written)
+    index = read_pictures(options) if options.images else None
+    broken, repaired = show(_read_ends(options))
     vision = read_vision(options.original, options.vision_heads, options.activation)
     original, sentence = read_lender(options.original, broken.source.member, options.heads, options.activation)
     if original is None:
+        read_text(options.original, options.member, options.heads, options.activation)  # says what the file is
         raise InputError(f"{options.original.name} was given as the original: {sentence}")
     found = show(
         measure(
@@ -94,7 +101,7 @@ def scan(options: argparse.Namespace) -> object:
             device=device(options.device),
         )
     )
-    print("\n".join(lines(found)))
+    print("\n".join([*lines(found), LEGEND]))
     answer = found.as_json()
     if written:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -143,23 +150,42 @@ def blend(options: argparse.Namespace) -> object:
 
     options.layout = options.layout or "huggingface"
     check_writing(options)
-    broken, repaired = _read_ends(options)
+    if options.toward_original and not options.original:
+        raise InputError("--toward-original goes to the original; give its file with --original")
+    if options.original and not options.toward_original:
+        raise InputError("--original does nothing alone; give --toward-original, the share of the way to it, 0 to 1")
+    broken, repaired = show(_read_ends(options))
     original = _read(options, options.original, broken.source.member) if options.original else None
-    made = blend_encoders(
-        broken, repaired, options.strength, options.along, original, options.toward_original
-    )  # fmt: skip
-    state = split_mlps(made.state) if options.layout == "gmp" else made.state
-    about = {"layout": options.layout, "dtype": options.dtype, "config": made.config, "metadata": made.source.metadata}
-    write_text(state, options.out, **about)
+
+    def write() -> Generator[Event, None, TowerFile]:
+        doing: Event = {"type": "progress", "stage": "blend and write", "done": 0, "total": 2}
+        yield doing
+        made = blend_encoders(broken, repaired, options.strength, options.along, original, options.toward_original)
+        yield doing | {"done": 1}
+        state = split_mlps(made.state) if options.layout == "gmp" else made.state
+        about = {"layout": options.layout, "dtype": options.dtype, "config": made.config}
+        write_text(state, options.out, **about, metadata=made.source.metadata)
+        yield doing | {"done": 2}
+        return made
+
+    made = show(write())
     print(made.source.notes[-1])
     print(f"written: {options.out}")
     return {"out": str(options.out), **json.loads(made.source.metadata["gmp_blend"])}
 
 
-def _read_ends(options: argparse.Namespace) -> tuple[TowerFile, TowerFile]:
+def _read_ends(options: argparse.Namespace) -> Generator[Event, None, tuple[TowerFile, TowerFile]]:
     """Broken and repaired; the member of the first is looked for in the second."""
+    reading: Event = {"type": "progress", "stage": "read files", "done": 0, "total": 2}
+    yield reading
     broken = _read(options, options.broken, options.member)
-    return broken, _read(options, options.repaired, broken.source.member)
+    yield reading | {"done": 1}
+    repaired = _read(options, options.repaired, broken.source.member)
+    yield reading | {"done": 2}
+    if broken.source.sha256 == repaired.source.sha256:
+        names = f"{options.broken.name} and {options.repaired.name}"
+        _tell(f"note: {names} hold the same weights: there is no repair between them")
+    return broken, repaired
 
 
 def _read(options: argparse.Namespace, path: Path, member: str | None) -> TowerFile:
@@ -167,5 +193,11 @@ def _read(options: argparse.Namespace, path: Path, member: str | None) -> TowerF
 
     file = read_text(path, member, options.heads, options.activation, options.end_of_text)
     for sentence in file.source.assumptions:
-        print(f"{path.name}: assumed: {sentence}", file=sys.stderr)
+        _tell(f"{path.name}: assumed: {sentence}")
     return file
+
+
+def _tell(line: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)  # above a bar that is there

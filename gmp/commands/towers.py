@@ -13,6 +13,7 @@ from ..errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from ..data.captions import Index
     from ..layouts import TowerFile
 
 
@@ -57,3 +58,27 @@ def device(name: str | None) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def check_place(paths: list[Path]) -> None:
+    """Raises InputError for files that cannot be written, before anything is computed for them."""
+    for path in paths:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; give the name of a file")
+        there = next(one for one in path.absolute().parents if os.path.lexists(one))
+        if not there.is_dir():
+            raise InputError(f"{path} cannot be written: {there} is no folder; choose another place")
+        if not os.access(there, os.W_OK):
+            raise InputError(f"{path} cannot be written: nothing may be made in {there}; choose another place")
+
+
+def read_pictures(options: argparse.Namespace) -> Index:
+    """The captioned pictures of --images; tells on standard error which are left out, and text files without one."""
+    from ..data.captions import read_index
+
+    index = read_index(options.images, options.captions, options.allow_missing)
+    told = ("not found: ", "without captions: ", "text files without a picture: ")
+    for line in str(index.report).splitlines():
+        if line.startswith(told) and not line.endswith(": 0"):
+            print(f"left out: {line}", file=sys.stderr)
+    return index

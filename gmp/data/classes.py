@@ -104,6 +104,9 @@ def read_labels(table: Path | str, root: Path | str) -> Classes:
     table, root = Path(table), Path(root)
     if not root.is_dir():
         raise InputError(f"There is no folder {root}. Give the folder that holds the pictures of {table.name}.")
+    if not table.is_file():
+        found = "is a folder" if table.is_dir() else "is not there"
+        raise InputError(f"{table} {found}. Give a CSV file with the columns image and label.")
     rows = _rows(table)
     labels: dict[str, str] = {}
     outside, conflicts, bare = [], [], []

@@ -9,12 +9,16 @@ import json
 import sys
 from pathlib import Path
 
-from browse import COMMAND, opened, show
+from browse import COMMAND, opened, settle, show
 
 HISTORY = "fetch('/history').then(answer => answer.json()).then(all => Object.keys(all).length)"
 BUTTON = "[...document.querySelectorAll('.gmp-widget button')].find(one => /strength/i.test(one.textContent))"
 STRENGTHS = """window.app.graph._nodes.filter(node => ['GmPBlendTextEncoders', 'GmPApplyToCLIP'].includes(node.type))
                .map(node => [node.type, node.widgets.find(widget => widget.name === 'strength').value])"""
+
+TEXTS = """Object.fromEntries(window.app.graph._nodes.map(node => [
+             node.type, node.widgets?.find(widget => widget.name === '$$node-text-preview')?.value ?? '']))"""
+HEIGHTS = "Object.fromEntries(window.app.graph._nodes.map(node => [node.type, node.size[1]]))"
 
 
 def main(port: str, workflow: str, canvas: str, pictures: str) -> None:
@@ -37,10 +41,24 @@ def main(port: str, workflow: str, canvas: str, pictures: str) -> None:
         page.evaluate(f"{BUTTON}.click()")
         page.wait_for_timeout(500)
         page.screenshot(path=f"{pictures}_used.png")
-        strengths = page.evaluate(STRENGTHS)
+        strengths, told, heights = page.evaluate(STRENGTHS), page.evaluate(TEXTS), page.evaluate(HEIGHTS)
+
+        page.reload(wait_until="domcontentloaded")
+        settle(page)
+        again = {"suggestion": page.evaluate(f"{BUTTON}.textContent"), "strengths": page.evaluate(STRENGTHS)}
+        before = page.evaluate(HISTORY)
+        page.evaluate("window.app.queuePrompt(0, 1)")
+        for _ in range(1500):
+            page.wait_for_timeout(100)
+            if page.evaluate(HISTORY) > before:
+                break
+        page.wait_for_timeout(1000)
+        page.screenshot(path=f"{pictures}_again.png")
+        again |= {"told": page.evaluate(TEXTS)}
         answer = page.evaluate("fetch('/history').then(answer => answer.json())")
         states = [one["status"]["status_str"] for one in answer.values()]
     seen = {"queued": queued, "missing": missing, "label": label, "suggestion": suggestion, "strengths": strengths}
+    seen |= {"told": told, "heights": heights, "again": again}
     print(json.dumps(seen | {"states": states, "errors": errors}))
 
 

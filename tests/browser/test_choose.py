@@ -29,3 +29,11 @@ def test_one_press_uses_the_strength_that_the_scan_suggests(host, canvas, tmp_pa
     assert 0 < suggested <= 1.2
     # Apply to CLIP gets the blend, not the repaired encoder: its own strength is not the scan's
     assert dict(seen["strengths"]) == {"GmPBlendTextEncoders": suggested, "GmPApplyToCLIP": 1.0}
+    # A page that is opened anew, and a graph whose results are all known, show as much as before
+    again = seen["again"]
+    assert (again["suggestion"], again["strengths"]) == (seen["suggestion"], seen["strengths"])
+    for kind in ("GmPDiagnose", "GmPMeasureCLIP", "GmPStrengthScan"):
+        assert seen["told"][kind] and again["told"][kind] == seen["told"][kind]
+    saved = {node["type"]: node["size"][1] for node in workflow["nodes"]}
+    grown = {kind: (height, saved[kind]) for kind, height in seen["heights"].items() if height > saved[kind] + 60}
+    assert not grown  # a long text scrolls, and does not make its node cover the ones below

@@ -235,3 +235,13 @@ def test_files_are_chosen_from_comfyuis_model_folders(host, nodes):
     assert "lent by the original" in result.outputs["join"][0]
     result = host.run({name: prompt[name] for name in ("wrong", "see")})
     assert result.failed == "wrong" and "no vision tower" in result.error
+
+
+def test_a_caption_file_that_leads_out_of_its_folder_is_refused_without_telling_where_folders_lie(host):
+    (host.base / "input" / "inside").mkdir()
+    (host.base / "input" / "outside.json").write_text('{"../../secret.png": ["a secret"]}')
+    host.get("/object_info/GmPCaptionDataset")
+    prompt = {"data": node("GmPCaptionDataset", folder="inside", captions="outside.json")}
+    result = host.run(prompt | {"see": node("PreviewAny", source=["data", 0])})
+    assert result.failed == "data" and "outside.json names 1 pictures outside" in result.error, result.error
+    assert str(host.base) not in result.error

@@ -107,4 +107,25 @@ def test_what_cannot_be_drawn_is_named(host, files, changes, words):
 
 
 def test_the_menu_lists_every_picture(nodes):
-    assert nodes["GmPCompareCLIPs"]["input"]["required"]["picture"][1]["options"] == list(PICTURES)
+    assert nodes["GmPCompareCLIPs"]["input"]["required"]["picture"][1]["options"] == [
+        *PICTURES,
+        "recall and drift over steps",
+    ]
+
+
+def test_a_run_is_drawn_over_its_steps(host, nodes):
+    """With the original as the full CLIP that a vision tower's socket carries."""
+    graph = {
+        "world": node("GmPDemoWorld", pictures=512),
+        "joined": node("GmPReassembleCLIP", text_encoder=["world", 0], vision_tower=["world", 1]),
+        "repair": node(
+            "GmPRepair", gmp_clip=["joined", 0], dataset=["world", 2], target="SD1 (last)", anchor_weight=0.3, epochs=2,
+            batch=128, lr=0.0, seed=77, wait=True,
+        ),
+    }  # fmt: skip
+    steps = {"original": ["world", 1], "broken": ["world", 0], "picture": "recall and drift over steps"}
+    result = host.run(graph | compared(**steps, run=["repair", 0]))
+    assert result.status == "success", result.error
+    check(newest(host, "compared"))
+    refused = host.run(graph | compared(**steps))
+    assert refused.status == "error" and "needs a run of GmP Repair" in refused.error

@@ -34,8 +34,11 @@ def test_the_demos_encoder_is_diagnosed_as_the_engine_does(host):
     result = host.run(prompt())
     assert result.status == "success", result.error
     expected = finish(diagnose(read_text(ASSETS / RUINED), read_text(ASSETS / ORIGINAL)))
-    shown = result.outputs["diagnose"][0].split("\n· ")
-    assert shown[:2] == lines(expected)[:2] and shown == result.outputs["text"][0].splitlines()
+    shown, told = result.outputs["diagnose"][0].split("\n· "), result.outputs["text"][0].splitlines()
+    assert told[:2] == lines(expected)[:2] and len(told) == len(shown) - 1 + len(expected.parts)
+    assert shown[:-1] == [line.replace("`", "") for line in told[: len(shown) - 1]] and told[-1].startswith(
+        "projection: "
+    )
     document = json.loads(result.outputs["json"][0])
     jsonschema.validate(document, json.loads(SCHEMA.read_text(encoding="utf-8")))
     assert document["verdict"]["finding"] == expected.verdict.finding == "rearranged"

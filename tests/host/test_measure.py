@@ -86,6 +86,8 @@ def test_classes_are_measured_without_a_dataset(host):
     assert found["zero_shot"]["pictures"] == 3 and found["zero_shot"]["templates"] == ["a large {} circle"]
     assert "structure" in found and "retrieval" not in found
     assert "on 3 pictures of 3 classes" in text
+    is_note = [line.startswith("note: ") for line in result.outputs["measure"][0].split("\n· ")[1:]]
+    assert is_note[0] and is_note == sorted(is_note, reverse=True)  # before the numbers that they are about
     assert saved(host).shape[0] > 300  # a matrix
 
     (host.base / "input" / "prompts.txt").write_text("a small {} square\n")

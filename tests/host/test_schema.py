@@ -13,7 +13,7 @@ from tests.host.graphs import ROOT, WORKFLOWS, to_prompt
 # Optional inputs that are not for experts: they came after the first saved workflows, or may be left open.
 PLAIN = {
     "original", "vision_tower", "broken", "checkpoint", "rank", "save_in", "text_encoder", "repaired",
-    "gmp_clip", "dataset",
+    "gmp_clip", "dataset", "run",
 }  # fmt: skip
 
 

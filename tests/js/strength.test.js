@@ -36,6 +36,36 @@ test("the nodes that get the scan's repaired encoder are found, through reroutes
   assert.deepEqual(users(graph, looks, "weights"), [mine, put, nested]);
 });
 
+test("the repaired encoder is found over the edges of subgraphs, from inside and from outside", () => {
+  const [other, repaired] = [node("GmPLoadTextEncoder"), node("GmPRepairedTextEncoder")];
+  const around = node("x", { broken: other, repaired });
+  const from = (made, graph, name, link) => {
+    made.inputs.find((input) => input.name === name).link = link;
+    return Object.assign(made, { graph });
+  };
+  const edge = { 7: { origin_id: -10, origin_slot: 0 }, 8: { origin_id: "-10", origin_slot: 1 } };
+  const inner = { nodes: [], getLink: (id) => edge[id] };
+  around.subgraph = inner;
+  const [mine, not] = [from(blend(null), inner, "repaired", 8), from(blend(null), inner, "repaired", 7)];
+  const looks = from(scan(null), inner, "repaired", 8);
+  inner.nodes.push(looks, mine, not);
+  const put = clip(repaired);
+  assert.deepEqual(users({ nodes: [other, repaired, around, put] }, looks, "weights"), [mine, put]);
+
+  const links = { 5: { origin_id: 1, origin_slot: 0 }, 6: { origin_id: 2, origin_slot: 0 } };
+  const subgraph = {
+    nodes: [repaired],
+    outputs: [{ linkIds: [6] }, { linkIds: [5] }],
+    getLink: (id) => links[id],
+    getNodeById: (id) => ({ 1: repaired, 2: other })[id],
+  };
+  const giver = { type: "y", subgraph };
+  const root = { nodes: [giver], getLink: (id) => ({ origin_id: 9, origin_slot: id }) };
+  const [outside, wrong] = [1, 0].map((slot) => from(blend(giver), root, "repaired", slot));
+  root.nodes.push(outside, wrong);
+  assert.deepEqual(users(root, scan(repaired), "weights"), [outside]);
+});
+
 test("Apply to CLIP, which blends weights only, is left out of other ways", () => {
   const repaired = node("GmPRepairedTextEncoder");
   const [mine, put] = [blend(repaired), clip(repaired)];

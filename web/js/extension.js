@@ -5,6 +5,7 @@ import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { addFileLine } from "./file_line.js";
 import { ask as askFile } from "./lookup.js";
+import { after } from "./nodes.js";
 import { openPanel } from "./panel.js";
 import { runActions } from "./run_actions.js";
 import { addRunWidget, runOf } from "./run_widget.js";
@@ -20,9 +21,14 @@ const ROLES = { GmPLoadTextEncoder: "text", GmPLoadVisionTower: "vision", GmPIns
 
 /** Node -> width and height that its text needs; for those that are added, since a workflow brings its own sizes. */
 const SIZES = {
+  GmPBlendTextEncoders: [380, 260],
+  GmPCompareCLIPs: [400, 460],
+  GmPDiagnose: [400, 380],
   GmPInspectFile: [460, 340],
+  GmPInspectGmP: [400, 340],
   GmPLoadTextEncoder: [340, 340],
   GmPLoadVisionTower: [340, 320],
+  GmPMeasureCLIP: [420, 440],
   GmPReassembleCLIP: [380, 260],
   GmPRepair: [400, 560],
   GmPSaveTextEncoder: [380, 420],
@@ -150,6 +156,16 @@ function strengthButton(node) {
   });
 }
 
+/** Shows a node's text also where its result was known already: the server sends the text when it is computed only. */
+function textAgain(node) {
+  if (!node.comfyClass?.startsWith("GmP")) return;
+  after(node, "onExecuted", (output) => {
+    const text = [output?.text ?? []].flat().join("\n");
+    if (!text || node.graph !== app.canvas.graph) return; // the page looks for the id in the graph that it shows
+    api.dispatchEvent(new CustomEvent("progress_text", { detail: { nodeId: String(node.id), text } }));
+  });
+}
+
 app.registerExtension({
   name: "text-encoder-repair",
   settings: SETTINGS.map((one) => ({ ...one, onChange: () => store.wake() })), // what is shown follows at once
@@ -179,6 +195,7 @@ app.registerExtension({
     fileLine(node);
     runWidget(node);
     strengthButton(node);
+    textAgain(node);
     if (size) node.setSize(size.map((length, axis) => Math.max(length, node.size[axis])));
   },
   refreshComboInNodes() {

@@ -8,6 +8,8 @@ const HEIGHT = 52; // one row of buttons, and the margin that the classic canvas
 /** Node with a `strength` -> the input that its repaired encoder comes in by. */
 const USERS = { GmPBlendTextEncoders: "repaired", GmPApplyToCLIP: "text_encoder" };
 
+const SUBGRAPH_INPUT = -10; // LiteGraph's id of what a link inside a subgraph comes from that begins outside
+
 /** @typedef {{strength: number, along: string}} Suggestion along: what moves, as the nodes' `along` names it */
 
 /** @param {unknown} text what the server writes on the node @returns {Suggestion | null} */
@@ -26,13 +28,13 @@ export function suggestedIn(text) {
  * @returns {any[]}
  */
 export function users(graph, scan, along) {
-  const encoder = origin(scan, "repaired");
+  const encoder = origin(graph, scan, "repaired");
   if (!encoder) return [];
   return nodes(graph).filter(
     (node) =>
       USERS[node.type] &&
       (along === "weights" || widgetOf(node, "along")) &&
-      origin(node, USERS[node.type]) === encoder,
+      origin(graph, node, USERS[node.type]) === encoder,
   );
 }
 
@@ -44,15 +46,37 @@ function nodes(graph) {
   ]);
 }
 
-/** The node that an input's link leads to, through reroutes. @param {any} node @param {string} name of the input */
-function origin(node, name) {
+/**
+ * The node that an input's link leads to, through reroutes and over the edges of subgraphs.
+ *
+ * @param {any} graph with subgraphs in it @param {any} node @param {string} name of the input
+ */
+function origin(graph, node, name) {
   let slot = node.inputs?.findIndex((input) => input.name === name) ?? -1;
   for (let seen = 0; node && slot >= 0 && seen < 100; seen += 1) {
-    node = node.getInputNode?.(slot) ?? undefined;
+    const link = node.graph?.getLink?.(node.inputs?.[slot]?.link); // a subgraph node has another getInputLink
+    if (link && Number(link.origin_id) === SUBGRAPH_INPUT) {
+      const { graph: inside } = node;
+      node = nodes(graph).find((one) => one.subgraph === inside);
+      slot = link.origin_slot;
+      continue;
+    }
+    node = inmost(node.getInputNode?.(slot) ?? undefined, link?.origin_slot);
     if (node?.type !== "Reroute") return node;
     slot = 0;
   }
   return undefined;
+}
+
+/** The node that an output comes from, inside where a subgraph gives it. @param {any} node @param {number} slot */
+function inmost(node, slot) {
+  while (node?.subgraph) {
+    const { subgraph } = node;
+    const link = subgraph.getLink?.(subgraph.outputs?.[slot]?.linkIds?.[0]);
+    node = link && subgraph.getNodeById(link.origin_id);
+    slot = link?.origin_slot;
+  }
+  return node;
 }
 
 /**
@@ -124,10 +148,12 @@ export function addStrengthButton(node, page) {
 
   /** Remembers the suggestion, which is saved with the workflow. @param {Suggestion | null} suggestion */
   function find(suggestion) {
+    const isKnown = JSON.stringify(known()) === JSON.stringify(suggestion);
     node.properties ??= {};
     if (suggestion) node.properties.gmp_suggested = suggestion;
     else delete node.properties.gmp_suggested;
     update();
+    if (!isKnown) page.changed(); // otherwise it is lost when the page is opened anew before the next click
   }
 
   // At the end of the node: a widget that is not saved would shift the saved values of those behind it.
