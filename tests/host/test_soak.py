@@ -26,7 +26,7 @@ def test_soak(host, nodes):
         prompt = only(waiting(nodes, seed, on="none", **LONG | {"save_every": 200}), "GmPRepair")
         assert host.run(prompt).status == "success"
         runs.append(fresh_run(host, known))
-    host.until(lambda: steps(host, runs[0]) >= 3)
+        host.until(lambda: steps(host, runs[0]) >= 3)  # at the first one: places in the line are taken when prepared
     host.until(lambda: sum(one["state"] == "waiting" for one in host.runs().values()) == RUNS - 1)
 
     host.run({"lag": node("GmPTestLoopLag")})
