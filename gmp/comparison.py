@@ -16,8 +16,8 @@ from .clip import CLIP, TextTower, load
 from .compare import Geometry, WeightDrift, check_alike, geometry, neighbours, similarity, weight_drift
 from .data.captions import Index, first_captions
 from .errors import InputError
-from .evaluate import Document, Tokenize, document
-from .events import Event
+from .evaluate import Document, document
+from .events import Event, progress
 from .features import embed_index
 from .join import join
 from .layouts import Source, TowerFile, projection_fault
@@ -26,6 +26,7 @@ from .measure import Drift, drift
 from .pca import fit_plane, fit_umap
 from .prompts import Prompt
 from .structure import LEAST, Structure, compare_structure, prompt_vectors
+from .tokenizer import Tokenize
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -121,11 +122,11 @@ def compare(
     check_alike(files[original], [files[name] for name in others])
     geometries, weights = {}, {}
     for done, (name, file) in enumerate(files.items()):
-        yield _progress("compare weights", done, len(files))
+        yield progress("compare weights", done, len(files))
         geometries[name] = geometry(file.state)
         if name != original:
             weights[name] = weight_drift(file.state, files[original].state)
-    yield _progress("compare weights", len(files), len(files))
+    yield progress("compare weights", len(files), len(files))
     towers, warnings = build_towers(files, lender)
     points = [point for point in READ_POINTS if point != "projected" or not warnings.get(original)]
     tokens = tokenize([prompt.text for prompt in prompts])
@@ -142,7 +143,7 @@ def compare(
             told.append(f"{PAIRS} of {pictures_given} pictures are drawn, evenly taken")
     vectors, moved, texts = {}, {}, {}
     for done, (name, tower) in enumerate(towers.items()):
-        yield _progress("read prompts", done, len(towers))
+        yield progress("read prompts", done, len(towers))
         tower.to(device)
         seen = prompt_vectors(tower, tokens.ids)
         vectors[name] = {point: seen[point] for point in points}
@@ -152,7 +153,7 @@ def compare(
             texts[name] = F.normalize(prompt_vectors(tower, captions)["projected"], dim=1)
         if name != original:
             tower.cpu()
-    yield _progress("read prompts", len(towers), len(towers))
+    yield progress("read prompts", len(towers), len(towers))
     if texts:
         pairs = Pairs(F.normalize(pictures, dim=1), texts, vision.source)
     structure = {name: compare_structure(vectors[name], vectors[original]) for name in vectors}
@@ -179,10 +180,6 @@ def own_prompts(text: str) -> tuple[Prompt, ...]:
         if prompt := (prompt if tab else kind).strip():
             found.setdefault(prompt, Prompt(kind.strip() if tab else "prompts", prompt))
     return tuple(found.values())
-
-
-def _progress(stage: str, done: int, total: int) -> Event:
-    return {"type": "progress", "stage": stage, "done": done, "total": total}
 
 
 def build_towers(

@@ -7,7 +7,7 @@ point says what became of their meaning. Thresholds and words are in gmp/verdict
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from .measure import CPU, DIRECTIONS, embed_captions, rank_pairs, resample, summ
 from .prompts import prompts
 from .states import Compared, compare_states
 from .structure import Structure, compare_structure, effective_rank, mean_cosine, told_apart
-from .tokenizer import VOCABULARY_SIZE, Tokens, tokenizer_for
+from .tokenizer import VOCABULARY_SIZE, Tokenize, tokenizer_for
 from .trained import Trained, what_was_trained
 from .unseen import unseen
 from .verdict import (
@@ -48,7 +48,6 @@ LARGEST = 65504.0  # of fp16, in which many hosts compute text encoders
 TARGETS = tuple(targets(None))
 _PARTS = {"token_embedding": "embeddings", "positional_embedding": "embeddings", "ln_final": "final LayerNorm"}
 
-Tokenize = Callable[[Sequence[str]], Tokens]
 Structures = tuple[Structure | None, Structure]  # of the encoder, None where states are not finite; of the original
 
 

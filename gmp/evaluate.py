@@ -7,7 +7,7 @@ verdict in it: that rests on the original's weights and states too, and is `gmp.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PureWindowsPath
 
@@ -19,7 +19,7 @@ from .clip import TextTower, VisionTower, load
 from .data.captions import Index
 from .data.classes import Classes
 from .errors import InputError
-from .events import Event
+from .events import Event, progress
 from .features import content_keys, embed_index
 from .join import Joined, join, text_tower, unlike
 from .layouts import Source, TowerFile
@@ -40,7 +40,7 @@ from .measure import (
 from .prompts import prompts as shipped_prompts
 from .relations import relations as probe
 from .structure import LEAST, Structure, compare_structure, prompt_vectors
-from .tokenizer import Tokens
+from .tokenizer import Tokenize, Tokens
 from .typographic import Attacked, attack, draw_attack, plan_captions, plan_classes
 from .unseen import unseen
 from .zero_shot import ZeroShot, gain, zero_shot
@@ -52,7 +52,6 @@ FEWEST_PICTURES = 100
 WIDEST = 0.2
 
 Document = dict[str, object]
-Tokenize = Callable[[Sequence[str]], Tokens]
 
 
 @dataclass(frozen=True)
@@ -320,7 +319,7 @@ def _vectors(tower: TextTower, held: Held) -> Generator[Event, None, dict[str, d
     for done, (section, ids) in enumerate(texts.items()):
         if len(ids) >= LEAST:
             found[section] = prompt_vectors(tower, ids)
-        yield {"type": "progress", "stage": "embed prompts", "done": done + 1, "total": len(texts)}
+        yield progress("embed prompts", done + 1, len(texts))
     return found
 
 

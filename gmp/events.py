@@ -17,3 +17,18 @@ def finish(events: Generator[Event, None, Result], hear: Callable[[Event], objec
         except StopIteration as end:
             return end.value
         hear(event)
+
+
+def progress(stage: str, done: int, total: int) -> Event:
+    """How far a stage of the work is."""
+    return {"type": "progress", "stage": stage, "done": done, "total": total}
+
+
+def mapped(events: Generator[Event, None, Result], change: Callable[[Event], Event]) -> Generator[Event, None, Result]:
+    """The same work with its events changed."""
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as end:
+            return end.value
+        yield change(event)

@@ -25,7 +25,7 @@ from .data.captions import Index
 from .data.images import load_batches, load_picture
 from .errors import InputError
 from .evaluate import Document, document, named
-from .events import Event
+from .events import Event, mapped, progress
 from .files import write_bytes
 from .layouts import Source
 from .measure import (
@@ -133,7 +133,8 @@ def gather(
     seen: dict[str, _Seen] = {}
     for name in towers if len(index) else ():
         work = _see(towers[name], ids, images[name], index.owners())
-        seen[name] = yield from _named(f"evidence: {name} encoder, ", work)
+        what = f"evidence: {name} encoder, "
+        seen[name] = yield from mapped(work, lambda event, what=what: event | {"stage": f"{what}{event['stage']}"})
     changes = None
     if seen:
         changes = yield from _changes(seen, index, images, folder)
@@ -212,18 +213,8 @@ def _encoder_json(one: Encoder, comparable: bool) -> dict[str, object]:
     }
 
 
-def _named(words: str, work: Generator[Event, None, object]) -> Generator[Event, None, object]:
-    """The same work, whose stages say what it is for."""
-    while True:
-        try:
-            event = next(work)
-        except StopIteration as end:
-            return end.value
-        yield event | {"stage": words + str(event["stage"])}
-
-
 def _progress(stage: str, done: int, total: int) -> Event:
-    return {"type": "progress", "stage": f"evidence: {stage}", "done": done, "total": total}
+    return progress(f"evidence: {stage}", done, total)
 
 
 # ---- read points ----------------------------------------------------------------------------------------------------

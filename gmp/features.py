@@ -24,16 +24,12 @@ from .clip import VisionTower
 from .data.captions import Index, content_key
 from .data.images import PREPROCESSING, load_batches
 from .errors import InputError
+from .events import Event, progress
 from .files import read_header, read_tensors, write_json, write_safetensors
 from .layouts.canonical import content_hash
 
 SHARD = 2048  # pictures; what an interrupted embedding keeps
 EVERY = 500  # pictures between two progress events while hashing
-Progress = dict[str, object]
-
-
-def _progress(stage: str, done: int, total: int) -> Progress:
-    return {"type": "progress", "stage": stage, "done": done, "total": total}
 
 
 def default_cache() -> Path:
@@ -47,7 +43,7 @@ def state_key(state: dict[str, Tensor]) -> str:
     return content_hash(sorted(state.items()))
 
 
-def content_keys(root: Path, names: Sequence[str], cache: Path) -> Generator[Progress, None, list[str]]:
+def content_keys(root: Path, names: Sequence[str], cache: Path) -> Generator[Event, None, list[str]]:
     """SHA-256 of every picture file; yields progress events. What was hashed before (path, size, time) is not read."""
     memory = cache / "hashes.json"
     try:
@@ -69,7 +65,7 @@ def content_keys(root: Path, names: Sequence[str], cache: Path) -> Generator[Pro
         for pair in pool.map(key, names):
             found.append(pair)
             if len(found) % EVERY == 0 or len(found) == len(names):
-                yield _progress("hash pictures", len(found), len(names))
+                yield progress("hash pictures", len(found), len(names))
     fresh = {stamp: digest for stamp, digest in found if stamp and stamp not in known}
     if fresh:
         with contextlib.suppress(OSError):  # without it they are read once more the next time
@@ -112,7 +108,7 @@ def embed_pictures(
     *,
     batch: int = 64,
     threads: int = 4,
-) -> Generator[Progress, None, tuple[dict[str, Tensor], dict[str, str]]]:
+) -> Generator[Event, None, tuple[dict[str, Tensor], dict[str, str]]]:
     """Features (embed_dim,) in fp32 on the CPU by picture name, and the reason for each picture that does not decode.
 
     `keys` are the pictures' `content_keys`. Only pictures that the cache lacks are opened, each content once. Yields
@@ -125,7 +121,7 @@ def embed_pictures(
     fresh = list(missing)
     done = len(names) - len(fresh)
     broken: dict[Path, str] = {}
-    yield _progress("embed pictures", done, len(names))
+    yield progress("embed pictures", done, len(names))
     for start in range(0, len(fresh), SHARD):
         shard = fresh[start : start + SHARD]
         paths = [root / missing[key] for key in shard]
@@ -134,7 +130,7 @@ def embed_pictures(
             with torch.no_grad():
                 rows.append(tower(pixels.to(device)).float().cpu())
             done += len(pixels)
-            yield _progress("embed pictures", done, len(names))
+            yield progress("embed pictures", done, len(names))
         whole = [key for key, path in zip(shard, paths, strict=True) if path not in broken]
         if whole:
             features = torch.cat(rows)
@@ -151,7 +147,7 @@ def embed_pictures(
 
 def embed_index(
     tower: VisionTower, index: Index, cache: Path
-) -> Generator[Progress, None, tuple[Index, Tensor, dict[str, str]]]:
+) -> Generator[Event, None, tuple[Index, Tensor, dict[str, str]]]:
     """The pictures that decode, their features (pictures, embed_dim), and the reasons of those that do not."""
     names = [picture.path for picture in index.pictures]
     keys = yield from content_keys(index.root, names, cache)

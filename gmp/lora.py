@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import __version__, files
 from .errors import InputError, some
-from .events import Event
+from .events import Event, progress
 from .geometric import fold_state
 from .layouts import Source, TowerFile, huggingface
 from .layouts.canonical import LENT, block_name, expected, sizes_of, take_apart
@@ -118,7 +118,7 @@ def repair_lora(
         lost += error
         if name in matrices:
             done += 1
-            yield {"type": "progress", "stage": "factor matrices", "done": done, "total": len(matrices)}
+            yield progress("factor matrices", done, len(matrices))
     if overflowing := [row.name for row in layers if not math.isfinite(row.kept)]:
         raise InputError(
             f"{between}: the change has values too large for {dtype} in {len(overflowing)} tensors: "

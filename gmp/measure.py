@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import READ_POINTS
 from .clip import TextTower
-from .events import Event, finish
+from .events import Event, finish, progress
 from .tokenizer import lengths
 
 RECALLS = (1, 5, 10)
@@ -181,7 +181,7 @@ def rank_pairs(
                 to_text[rows] += _ahead(scores, best[rows], first[rows], begin).cpu()
                 to_image[columns] += _ahead(scores.T, pairs[columns], owner[columns], start).cpu()
             done += 1
-            yield {"type": "progress", "stage": "rank captions and pictures", "done": done, "total": total}
+            yield progress("rank captions and pictures", done, total)
     return Places(to_image, to_text, owner.cpu())
 
 
@@ -262,7 +262,7 @@ def resample(places: Places, resamples: int = RESAMPLES, seed: int = 0) -> Gener
             sums = weights.double() @ statistics[name]
             medians = _medians(weights, ranks, owner).double()
             found[name].append(torch.cat([sums[:, :-1] / sums[:, -1:], medians[:, None]], dim=1))
-        yield {"type": "progress", "stage": "confidence", "done": start + count, "total": resamples}
+        yield progress("confidence", start + count, resamples)
     return {name: torch.cat(rows) for name, rows in found.items()}
 
 
@@ -333,7 +333,7 @@ def embed_captions(tower: TextTower, ids: Tensor, batch: int = 256) -> Generator
         chunk = ids[start : start + batch]
         with torch.no_grad():
             features[start : start + batch] = tower(chunk[:, : lengths(chunk).max()].to(device)).projected.float().cpu()
-        yield {"type": "progress", "stage": "embed captions", "done": start + len(chunk), "total": len(ids)}
+        yield progress("embed captions", start + len(chunk), len(ids))
     return features
 
 
@@ -357,7 +357,7 @@ def compare_states(
             for point in READ_POINTS:
                 sums[point] += _agreement(getattr(a, point), getattr(b, point))
         done += len(chunk)
-        yield {"type": "progress", "stage": "compare states", "done": done, "total": len(ids)}
+        yield progress("compare states", done, len(ids))
     return {
         point: Drift(cosine / rows, 1 - cosine / rows, norm / rows)
         for point, (cosine, norm, rows) in ((point, total.tolist()) for point, total in sums.items())

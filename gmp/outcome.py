@@ -129,7 +129,7 @@ def _at(encoders: Mapping[str, Encoder], point: str) -> str:
 def _arranged(one: Encoder, point: str) -> str:
     """How close an encoder is to the original, in arrangement and in place: two things."""
     structure, cosine = one.structure[point], one.to_original[point].cosine
-    agreement = min(structure.cka, structure.rank_correlation)
+    agreement = structure.agreement
     if not math.isfinite(agreement):
         return "in no order that can be computed, since states are not finite"
     how = "like" if agreement >= ORDER_KEPT else "unlike" if agreement < ORDER_LOST else "partly like"

@@ -19,9 +19,9 @@ from torch import Tensor
 from .bootstrap import ratio
 from .clip import TextTower
 from .data.captions import Index
-from .events import Event
+from .events import Event, progress
 from .measure import Interval, text_features
-from .tokenizer import Tokens
+from .tokenizer import Tokenize
 
 _BATCH = 512  # captions between two progress events
 
@@ -262,7 +262,7 @@ def wins(image_features: Tensor, true_features: Tensor, false_features: Tensor) 
 
 def relations(
     text: TextTower,
-    tokenize: Callable[[Sequence[str]], Tokens],
+    tokenize: Tokenize,
     index: Index,
     image_features: Tensor,
     *,
@@ -283,7 +283,7 @@ def relations(
     for start in range(0, len(told), _BATCH):
         chunk = told[start : start + _BATCH]
         rows.append(text_features(text, tokenize(chunk).ids))
-        yield {"type": "progress", "stage": "embed false captions", "done": start + len(chunk), "total": len(told)}
+        yield progress("embed false captions", start + len(chunk), len(told))
     features = torch.cat(rows) if rows else torch.empty(0, image_features.shape[1])
     place = {caption: i for i, caption in enumerate(told)}
     total = sum(map(len, captions))

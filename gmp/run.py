@@ -50,7 +50,7 @@ from .layouts import TowerFile
 from .owner import LOCK, OWNER, own, owner
 from .prompts import prompts
 from .session import BEST, CHECKPOINTS, RESULT, HeldOut, Scene, Session
-from .tokenizer import Tokens, lengths
+from .tokenizer import Tokenize, lengths
 from .trainer import Pairs, begin, precision_of, set_up
 
 FAILURE = "failure.txt"
@@ -72,7 +72,7 @@ class Inputs:
     vision: TowerFile
     original: TowerFile | None
     index: Index
-    tokenize: Callable[[list[str]], Tokens]
+    tokenize: Tokenize
 
 
 @dataclass(frozen=True)

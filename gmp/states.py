@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .clip import TextTower, end_of_text
-from .events import Event
+from .events import Event, progress
 from .structure import mean_rows
 
 BATCH = 32  # prompts; states of all blocks are held at once
@@ -79,7 +79,7 @@ def compare_states(tower: TextTower, other: TextTower, ids: Tensor) -> Generator
             sums = torch.zeros(4, dtype=torch.float64)
             _add(found.setdefault(name, Compared(sums, 0.0, [0.0, 0.0], ([], []))), mine[name], one, at)
         done += len(rows)
-        yield {"type": "progress", "stage": "encode prompts", "done": done, "total": len(ids)}
+        yield progress("encode prompts", done, len(ids))
     return found
 
 

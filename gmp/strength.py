@@ -22,8 +22,8 @@ from .blend import ALONG, STRONGEST, blend
 from .clip import TextTower, VisionTower, load
 from .data.captions import Index, split
 from .errors import InputError
-from .evaluate import Document, Tokenize, document
-from .events import Event, Result
+from .evaluate import Document, document
+from .events import Event, mapped, progress
 from .features import content_keys, embed_pictures
 from .join import Joined, join, text_tower, unlike
 from .layouts import Source, TowerFile
@@ -31,6 +31,7 @@ from .layouts.canonical import is_vision
 from .measure import SUMMARY, Drift, Interval, embed_captions, interval, rank_pairs, resample
 from .prompts import prompts
 from .structure import Structure, compare_structure, prompt_vectors
+from .tokenizer import Tokenize
 from .unseen import unseen
 
 POINTS = 13
@@ -191,13 +192,8 @@ def suggest(points: Sequence[Point], at: Sequence[str], pictures: int) -> Sugges
             found = f"its best gain is {best:.2f}, with a 95 % interval up to {width:.2f} wide"
             return Suggestion(None, f"{pictures} pictures are too few to measure recall ({found})")
     for name in at:
-        curves[f"structure at {name}"] = [agreement(point.structure[name]) for point in points]
+        curves[f"structure at {name}"] = [point.structure[name].agreement for point in points]
     return knee([point.strength for point in points], curves)
-
-
-def agreement(structure: Structure) -> float:
-    """The lower one of CKA and rank correlation: at most 1, which is the original's arrangement of prompts."""
-    return min(structure.cka, structure.rank_correlation)
 
 
 # ---- the measurement ------------------------------------------------------------------------------------------------
@@ -235,7 +231,7 @@ def scan(
     if index is not None:
         pairs = yield from _pairs(index, broken, repaired, parts["broken"], tokenize, cache, device, warnings)
     tower = load(TextTower, parts["broken"].config.text, base).requires_grad_(False).to(device)
-    step = {"type": "progress", "stage": "measure strengths", "done": 0, "total": 2 + len(along) * (len(strengths) - 1)}
+    step = progress("measure strengths", 0, 2 + len(along) * (len(strengths) - 1))
     yield step
     watched = _Watched(tokenize(texts).ids, text_tower(original, parts["broken"]).to(device))
     yield (step := step | {"done": 1})
@@ -247,7 +243,9 @@ def scan(
                 points.append(first)
                 continue
             tower.load_state_dict(blend(base, end, strength, way))
-            recall = None if pairs is None else (yield from _in_place_of(step, _recall(tower, pairs)))
+            recall = None
+            if pairs is not None:  # its own bars, one per strength, would tell nothing
+                recall = yield from mapped(_recall(tower, pairs), lambda event, step=step: step)
             samples = recall if samples is None else samples
             points.append(watched.point(tower, strength, recall, samples))
             first = first or points[0]
@@ -322,16 +320,6 @@ def _recall(tower: TextTower, pairs: _Pairs) -> Generator[Event, None, tuple[flo
     column = SUMMARY.index("recall_at_1")
     hits = [(ranks == 0).double().mean().item() for ranks in (places.text_to_image, places.image_to_text)]
     return sum(hits) / 2, sum(rows[:, column] for rows in samples.values()) / 2
-
-
-def _in_place_of(step: Event, events: Generator[Event, None, Result]) -> Generator[Event, None, Result]:
-    """A part of a step, which shows the step's progress: a bar per strength would show none."""
-    while True:
-        try:
-            next(events)
-        except StopIteration as end:
-            return end.value
-        yield step
 
 
 class _Watched:

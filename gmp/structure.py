@@ -37,6 +37,11 @@ class Structure:
     effective_rank: float  # of the centred vectors: how many directions carry the differences
     told_apart: float  # share of prompts that the tower tells from every other one, see `told_apart`
 
+    @property
+    def agreement(self) -> float:
+        """The lower one of CKA and rank correlation: at most 1, which is the other tower's arrangement of prompts."""
+        return min(self.cka, self.rank_correlation)
+
 
 @torch.no_grad()
 def prompt_vectors(tower: TextTower, ids: Tensor, batch: int = 64) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import gzip
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +44,9 @@ class Tokens:
     ids: torch.Tensor  # (N, context_length) int64
     truncated: int  # captions that were longer than the context; cut, end-of-text kept as the last id
     specials: int  # captions from which a literal special token was taken out
+
+
+Tokenize = Callable[[Sequence[str]], Tokens]
 
 
 class Tokenizer:

@@ -11,7 +11,7 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations, islice
@@ -27,11 +27,11 @@ from .data.captions import Index
 from .data.classes import Classes
 from .data.images import load_picture, preprocess
 from .errors import InputError
-from .events import Event
+from .events import Event, progress
 from .features import content_keys, embed_pictures
 from .measure import Interval
 from .relations import wins
-from .tokenizer import Tokens
+from .tokenizer import Tokenize
 from .zero_shot import check_templates, class_features, read_templates
 
 WIDTH, HEIGHT = 0.7, 0.25  # of the visible square, at the most, that the writing takes
@@ -40,8 +40,6 @@ _LARGEST, _SMALLEST = 2000, 5  # font sizes in pixels
 _MEASURED = 40  # the font size with which ways to break a name into lines are compared
 _WORD = re.compile(r"(?<![^\W_])[A-Za-z]{3,}(?![^\W_])")  # whole words of the letters that Pillow's own font has
 _TRIES = 32  # other pictures that are looked at for a word
-
-Tokenize = Callable[[Sequence[str]], Tokens]
 
 
 @dataclass(frozen=True)
@@ -210,7 +208,7 @@ def draw_attack(
             drawn = torch.stack(list(pool.map(pixels, whole[start : start + batch])))
             with torch.no_grad():
                 rows.append(vision(drawn.to(device)).float().cpu())
-            yield {"type": "progress", "stage": "write on pictures", "done": start + len(drawn), "total": len(whole)}
+            yield progress("write on pictures", start + len(drawn), len(whole))
     targets = tuple(target for target, _ in whole)
     clean = torch.stack([found[target.picture] for target in targets])
     return Attacked(Plan(plan.root, plan.kind, targets, plan.without), clean, torch.cat(rows), style, broken)

@@ -123,7 +123,7 @@ def read(
     """untouched: nothing before this place has moved. structure None: states are not finite."""
     if structure is None or cosine is None or error is None:
         return Reading("damaged", None, None, None, original, "lost", True, True)
-    agreement = min(structure.cka, structure.rank_correlation)
+    agreement = structure.agreement
     order = "kept" if agreement >= ORDER_KEPT else "lost" if agreement < ORDER_LOST else "loosened"
     collapsed = has_collapsed(structure, original)
     if untouched:

@@ -7,7 +7,7 @@ Radford et al. 2021 (arXiv 2103.00020), section 3.1; the same numbers as open_cl
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,17 +19,15 @@ from .bootstrap import difference, resamples, share
 from .clip import TextTower, VisionTower
 from .data.classes import Classes
 from .errors import InputError, some
-from .events import Event
+from .events import Event, progress
 from .features import content_keys, embed_pictures
 from .measure import Interval, interval, text_features
-from .tokenizer import Tokens
+from .tokenizer import Tokenize
 
 TEMPLATES = Path(__file__).parent / "assets" / "templates.txt"
 BATCH = 48  # pictures, of the batch accuracy
 _CLASSES = 32  # whose prompts are embedded between two progress events
 _CHUNK = 4096  # pictures whose scores are in memory at once
-
-Tokenize = Callable[[Sequence[str]], Tokens]
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ def class_features(
         prompts = [template.replace("{}", name) for name in chunk for template in templates]
         features = F.normalize(text_features(text, tokenize(prompts).ids), dim=-1)
         rows.append(F.normalize(features.view(len(chunk), len(templates), -1).mean(dim=1), dim=-1))
-        yield {"type": "progress", "stage": "embed class names", "done": start + len(chunk), "total": len(names)}
+        yield progress("embed class names", start + len(chunk), len(names))
     return torch.cat(rows)
 
 

@@ -33,7 +33,6 @@ from gmp.strength import (
     MOST,
     TARGETS,
     Point,
-    agreement,
     even,
     knee,
     read_points,
@@ -163,7 +162,7 @@ def test_the_suggestion_is_that_of_recall_and_of_structure_where_the_model_reads
 
 
 def test_agreement_is_the_lower_one_of_its_two_numbers():
-    assert agreement(Structure(0.4, 0.9, 0.0, 1.0, 1.0)) == agreement(Structure(0.9, 0.4, 0.0, 1.0, 1.0)) == 0.4
+    assert Structure(0.4, 0.9, 0.0, 1.0, 1.0).agreement == Structure(0.9, 0.4, 0.0, 1.0, 1.0).agreement == 0.4
 
 
 def test_too_few_pictures_give_no_suggestion():
@@ -270,7 +269,7 @@ def test_the_ends_are_the_broken_encoder_and_the_repair(inputs, found):
     assert last.strength == 1.0 and found.curves[1].points[0] == first
     assert all(abs(moved.cosine - 1) < 1e-6 for moved in first.from_broken.values())
     assert first.recall_gain == Interval(0, 0, 0)
-    assert agreement(last.structure["penultimate"]) > agreement(first.structure["penultimate"])
+    assert last.structure["penultimate"].agreement > first.structure["penultimate"].agreement
     assert found.curves[1].points[3].structure == last.structure
 
 
@@ -291,7 +290,7 @@ def test_few_pictures_are_measured_but_not_trusted(found):
 def test_without_pictures_structure_alone_suggests(inputs, repaired):
     alone = measured(inputs, repaired, strengths=even(4), target="flux")
     assert alone.pictures == 0 and alone.vision is None and alone.curves[0].points[0].recall is None
-    values = [agreement(p.structure["pooled"]) for p in alone.curves[0].points]
+    values = [p.structure["pooled"].agreement for p in alone.curves[0].points]
     assert alone.suggested == knee(even(4), {"structure at pooled": values}) and alone.suggested.strength > 0
 
 

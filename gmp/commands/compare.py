@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .. import READ_POINTS
 from ..errors import InputError
-from ..events import Event
+from ..events import Event, progress
 from ..terminal import show
 from .towers import check_new, check_place, device, read_pictures
 
@@ -76,9 +76,9 @@ def _drawn(
 ) -> Generator[Event, None, dict[str, Figure]]:
     figures = {}
     for done, (name, draw) in enumerate(pictures.items()):
-        yield {"type": "progress", "stage": "draw pictures", "done": done, "total": len(pictures)}
+        yield progress("draw pictures", done, len(pictures))
         figures[name] = draw(found, options.read_point, options.umap)
-    yield {"type": "progress", "stage": "draw pictures", "done": len(pictures), "total": len(pictures)}
+    yield progress("draw pictures", len(pictures), len(pictures))
     return figures
 
 
@@ -135,9 +135,9 @@ def _compared(options: argparse.Namespace) -> Generator[Event, None, Comparison]
     index = read_pictures(options) if options.images else None  # before a bar is there
     files = {}
     for done, (name, path) in enumerate(zip(names(options.files), options.files, strict=True)):
-        yield {"type": "progress", "stage": "read files", "done": done, "total": len(options.files)}
+        yield progress("read files", done, len(options.files))
         files[name] = read_text(path, options.member, *settings)
-    yield {"type": "progress", "stage": "read files", "done": len(files), "total": len(files)}
+    yield progress("read files", len(files), len(files))
     vision = None
     if options.images:
         vision = read_vision(options.vision or options.files[0], options.vision_heads, options.activation)
@@ -201,8 +201,8 @@ def _saved(options: argparse.Namespace, figures: Mapping[str, Figure]) -> Genera
 
     written = []
     for name, figure in figures.items():
-        yield {"type": "progress", "stage": "write pictures", "done": len(written), "total": len(figures)}
+        yield progress("write pictures", len(written), len(figures))
         written.append(options.out / f"{_file(name)}.{options.format}")
         save(figure, written[-1])
-    yield {"type": "progress", "stage": "write pictures", "done": len(written), "total": len(figures)}
+    yield progress("write pictures", len(written), len(figures))
     return written

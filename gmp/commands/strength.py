@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from ..events import Event
+from ..events import Event, progress
 from ..terminal import show
 from .files import check_writing
 from .towers import check_new, check_place, device, read_pictures
@@ -158,7 +158,7 @@ def blend(options: argparse.Namespace) -> object:
     original = _read(options, options.original, broken.source.member) if options.original else None
 
     def write() -> Generator[Event, None, TowerFile]:
-        doing: Event = {"type": "progress", "stage": "blend and write", "done": 0, "total": 2}
+        doing: Event = progress("blend and write", 0, 2)
         yield doing
         made = blend_encoders(broken, repaired, options.strength, options.along, original, options.toward_original)
         yield doing | {"done": 1}
@@ -176,7 +176,7 @@ def blend(options: argparse.Namespace) -> object:
 
 def _read_ends(options: argparse.Namespace) -> Generator[Event, None, tuple[TowerFile, TowerFile]]:
     """Broken and repaired; the member of the first is looked for in the second."""
-    reading: Event = {"type": "progress", "stage": "read files", "done": 0, "total": 2}
+    reading: Event = progress("read files", 0, 2)
     yield reading
     broken = _read(options, options.broken, options.member)
     yield reading | {"done": 1}

@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..errors import InputError
+from ..events import progress
 from .images import load_picture
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -149,7 +150,7 @@ def check_pictures(index: Index, threads: int = 4) -> Generator[dict[str, object
         for done, (picture, reason) in enumerate(zip(index.pictures, pool.map(_fault, index.paths), strict=True), 1):
             if reason:
                 broken[picture.path] = reason
-            yield {"type": "progress", "stage": "check pictures", "done": done, "total": len(index)}
+            yield progress("check pictures", done, len(index))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return index.without(broken)

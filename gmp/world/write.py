@@ -7,6 +7,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from ..errors import InputError
+from ..events import progress
 from ..files import write_json, write_text
 from .scenes import SPLITS, draw_scenes, render
 
@@ -51,7 +52,7 @@ def write_world(out: Path, count: int, seed: int, split: str = "train") -> Gener
             part.replace(path)
         captions[name] = list(scene.captions())
         if (number + 1) % 200 == 0 or number + 1 == count:
-            yield {"type": "progress", "stage": "draw pictures", "done": number + 1, "total": count}
+            yield progress("draw pictures", number + 1, count)
     target = out / CAPTIONS_FILE
     text = json.dumps(captions, indent=0)
     if not target.exists() or target.read_text(encoding="utf-8") != text:
