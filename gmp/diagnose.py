@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from .features import content_keys, embed_index
 from .join import UNRELATED
 from .layouts import TowerFile
 from .layouts.canonical import STACK, block_name
-from .measure import CPU, DIRECTIONS, embed_captions, rank_pairs, resample, summarize, with_intervals
+from .measure import CPU, embed_captions, rank_pairs, retrieval_json, see, summarize, with_intervals
 from .prompts import prompts
 from .states import Compared, compare_states
 from .structure import Structure, compare_structure, effective_rank, mean_cosine, told_apart
@@ -323,17 +323,10 @@ def _look(
     index, features, broken = yield from embed_index(eye, index, pictures.cache)
     ids, owners = tokenize(index.captions()).ids, index.owners()
     device = tower.positional_embedding.device
-    places = yield from rank_pairs(features, (yield from embed_captions(tower, ids)), owners, device=device)
-    samples = yield from resample(places)
-    found = summarize(places)
+    found = yield from see(tower, ids, features, owners, device)
     texts = yield from embed_captions(other, ids)
     theirs = summarize((yield from rank_pairs(features, texts, owners, device=device)))
-    section: dict[str, object] = {"images": found.images, "captions": found.captions}
-    for direction, numbers in with_intervals(found, samples).items():
-        section[direction] = {name: asdict(value) for name, value in numbers.items()}
-        section[direction]["queries"] = getattr(found, direction).queries
-    recalls = tuple(
-        sum(getattr(each, direction).recall_at_1 for direction in DIRECTIONS) / 2 for each in (found, theirs)
-    )
+    mine = found.retrieval
+    section = retrieval_json(mine, with_intervals(mine, found.samples))
     left_out = [f"{len(broken)} pictures do not decode and were left out: {some(broken)}."] if broken else []
-    return section, recalls, found.images, [*seen, *left_out]
+    return section, (mine.recall_at_1, theirs.recall_at_1), mine.images, [*seen, *left_out]

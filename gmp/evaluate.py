@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path, PureWindowsPath
 
 import torch
@@ -27,19 +27,17 @@ from .measure import (
     CHUNK,
     DIRECTIONS,
     DRIFT_CAPTIONS,
-    Interval,
-    Retrieval,
+    Seen,
     changes,
     compare_states,
-    embed_captions,
-    rank_pairs,
-    resample,
-    summarize,
+    intervals_json,
+    retrieval_json,
+    see,
     with_intervals,
 )
 from .prompts import prompts as shipped_prompts
 from .relations import relations as probe
-from .structure import LEAST, Structure, compare_structure, prompt_vectors
+from .structure import LEAST, compare_structure, prompt_vectors
 from .tokenizer import Tokenize, Tokens
 from .typographic import Attacked, attack, draw_attack, plan_captions, plan_classes
 from .unseen import unseen
@@ -83,20 +81,11 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Found:
-    """One encoder's captions and how they find their pictures."""
-
-    texts: Tensor  # (T, E) features
-    retrieval: Retrieval
-    samples: dict[str, Tensor]  # of the bootstrap
-
-
-@dataclass(frozen=True)
 class Measured:
     """What the encoders after the first one are compared with."""
 
     source: Source
-    found: Found | None
+    found: Seen | None
     told: ZeroShot | None
 
 
@@ -189,7 +178,8 @@ def evaluate(
         sections: dict[str, object] = {}
         found = told = None
         if captioned is not None:
-            found = yield from _retrieval(tower, captioned, device)
+            ids, owners = captioned.captions.ids, captioned.index.owners()
+            found = yield from see(tower, ids, captioned.pictures, owners, device)
             scale = joined[name].state["logit_scale"].item()
             sections |= {"data": _data(captioned)} | _aligned(found, captioned, scale)
         if classes is not None:
@@ -262,13 +252,6 @@ def _text_tower(joined: Joined) -> TextTower:
     return load(TextTower, joined.config.text, state).requires_grad_(False)
 
 
-def _retrieval(tower: TextTower, captioned: Captioned, device: torch.device) -> Generator[Event, None, Found]:
-    texts = yield from embed_captions(tower, captioned.captions.ids)
-    places = yield from rank_pairs(captioned.pictures, texts, captioned.index.owners(), device=device)
-    samples = yield from resample(places)
-    return Found(texts, summarize(places), samples)
-
-
 def _data(captioned: Captioned) -> dict[str, object]:
     captions = sum(captioned.index.caption_counts)
     return {
@@ -279,35 +262,29 @@ def _data(captioned: Captioned) -> dict[str, object]:
     }
 
 
-def _aligned(found: Found, captioned: Captioned, logit_scale: float) -> dict[str, object]:
+def _aligned(found: Seen, captioned: Captioned, logit_scale: float) -> dict[str, object]:
     """Retrieval, alignment and calibration."""
     counts, one = captioned.index.caption_counts, found.retrieval
     sections: dict[str, object] = {
-        "retrieval": _intervals(with_intervals(one, found.samples)) | {"images": one.images, "captions": one.captions},
-        "alignment": asdict(alignment(captioned.pictures, found.texts, counts)),
+        "retrieval": retrieval_json(one, with_intervals(one, found.samples)),
+        "alignment": asdict(alignment(captioned.pictures, found.features, counts)),
     }
-    for direction in DIRECTIONS:
-        sections["retrieval"][direction]["queries"] = getattr(one, direction).queries
     if one.images > 1:
-        values = asdict(calibration(captioned.pictures, found.texts, counts, logit_scale))
+        values = asdict(calibration(captioned.pictures, found.features, counts, logit_scale))
         for direction in DIRECTIONS:
             values[direction]["bins"] = finite(values[direction]["bins"])  # empty ones have no accuracy
         sections["calibration"] = values
     return sections
 
 
-def _change(found: Found | None, told: ZeroShot | None, before: Measured) -> dict[str, object]:
+def _change(found: Seen | None, told: ZeroShot | None, before: Measured) -> dict[str, object]:
     """What differs from the first encoder, on the same pictures."""
     section: dict[str, object] = {"from": named(before.source)}
     if found is not None:
-        section |= _intervals(changes(found.retrieval, found.samples, before.found.retrieval, before.found.samples))
+        section |= intervals_json(changes(found.retrieval, found.samples, before.found.retrieval, before.found.samples))
     if told is not None:
         section["zero_shot"] = {"top_1": asdict(gain(told, before.told))}
     return section
-
-
-def _intervals(found: Mapping[str, Mapping[str, Interval]]) -> dict[str, dict[str, object]]:
-    return {direction: {name: asdict(one) for name, one in values.items()} for direction, values in found.items()}
 
 
 def _vectors(tower: TextTower, held: Held) -> Generator[Event, None, dict[str, dict[str, Tensor]]]:
@@ -330,16 +307,10 @@ def _structures(
     alone = {"cka": None, "rank_correlation": None} if theirs is None else {}
     return {
         section: {
-            point: asdict(_structure(one, (theirs or mine)[section][point])) | alone for point, one in vectors.items()
+            point: asdict(one) | alone for point, one in compare_structure(vectors, (theirs or mine)[section]).items()
         }
         for section, vectors in mine.items()
     }
-
-
-def _structure(vectors: Tensor, others: Tensor) -> Structure:
-    if not (vectors.isfinite().all() and others.isfinite().all()):
-        return Structure(*[math.nan] * len(fields(Structure)))
-    return compare_structure({"": vectors}, {"": others})[""]
 
 
 # ---- warnings -------------------------------------------------------------------------------------------------------
@@ -352,7 +323,7 @@ def _lacking(original: TowerFile | None, difference: str | None) -> list[str]:
 
 
 def _doubts(
-    captioned: Captioned | None, found: Found | None, told: ZeroShot | None, sections: Mapping[str, object]
+    captioned: Captioned | None, found: Seen | None, told: ZeroShot | None, sections: Mapping[str, object]
 ) -> list[str]:
     """Why a number may not be what it seems."""
     if captioned is None:
@@ -371,7 +342,7 @@ def _doubts(
     return warnings
 
 
-def _doubts_of_captions(captioned: Captioned, found: Found, section: Mapping[str, object]) -> list[str]:
+def _doubts_of_captions(captioned: Captioned, found: Seen, section: Mapping[str, object]) -> list[str]:
     images, warnings = len(captioned.index), []
     if images < FEWEST_PICTURES:
         warnings.append(
@@ -395,7 +366,7 @@ def _doubts_of_captions(captioned: Captioned, found: Found, section: Mapping[str
         )
     if captioned.captions.truncated:
         warnings.append(f"{captioned.captions.truncated} captions are longer than the context length and were cut.")
-    for what, features in (("captions", found.texts), ("pictures", captioned.pictures)):
+    for what, features in (("captions", found.features), ("pictures", captioned.pictures)):
         if count := sum((~rows.isfinite().all(dim=-1)).sum().item() for rows in features.split(CHUNK)):
             warnings.append(f"{count} of {len(features)} {what} have features that are not finite; they count as lost.")
     return warnings

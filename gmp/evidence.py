@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import READ_POINTS, __version__
+from .bootstrap import Interval, interval, share_interval
 from .clip import TextTower, VisionTower, end_of_text
 from .data.captions import Index
 from .data.images import load_batches, load_picture
@@ -29,23 +30,19 @@ from .events import Event, mapped, progress
 from .files import write_bytes
 from .layouts import Source
 from .measure import (
-    DIRECTIONS,
     DRIFT_CAPTIONS,
-    SUMMARY,
     Drift,
-    Interval,
-    Places,
     Retrieval,
-    embed_captions,
-    interval,
-    rank_pairs,
-    resample,
-    share_interval,
-    summarize,
+    Seen,
+    as_drift,
+    retrieval_json,
+    rows,
+    see,
+    sum_rows,
     with_intervals,
 )
 from .outcome import Outcome, judge
-from .strength import DRIFT_PROMPTS, row_drift, rows
+from .strength import DRIFT_PROMPTS
 from .structure import Structure, compare_structure, prompt_vectors
 
 EVIDENCE = "evidence.json"
@@ -130,9 +127,9 @@ def gather(
     structure = yield from _structure(towers, prompts)
     few = ids[:DRIFT_CAPTIONS] if len(index) else prompts[:: max(1, len(prompts) // DRIFT_PROMPTS)]
     drifts = yield from _drifts(towers, few)
-    seen: dict[str, _Seen] = {}
+    seen: dict[str, Seen] = {}
     for name in towers if len(index) else ():
-        work = _see(towers[name], ids, images[name], index.owners())
+        work = see(towers[name], ids, images[name], index.owners())
         what = f"evidence: {name} encoder, "
         seen[name] = yield from mapped(work, lambda event, what=what: event | {"stage": f"{what}{event['stage']}"})
     changes = None
@@ -140,8 +137,8 @@ def gather(
         changes = yield from _changes(seen, index, images, folder)
     encoders = {
         name: Encoder(
-            summarize(seen[name].places) if seen else None,
-            with_intervals(summarize(seen[name].places), seen[name].samples) if seen else None,
+            seen[name].retrieval if seen else None,
+            with_intervals(seen[name].retrieval, seen[name].samples) if seen else None,
             _recall(seen[name]) if seen else None,
             structure[name],
             {point: drifts[name, "original"][point] for point in READ_POINTS} if "original" in towers else None,
@@ -197,15 +194,8 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def _encoder_json(one: Encoder, comparable: bool) -> dict[str, object]:
-    retrieval = None
-    if one.retrieval is not None:
-        retrieval = {
-            direction: {name: asdict(one.intervals[direction][name]) for name in SUMMARY}
-            | {"queries": getattr(one.retrieval, direction).queries}
-            for direction in DIRECTIONS
-        } | {"images": one.retrieval.images, "captions": one.retrieval.captions}
     return {
-        "retrieval": retrieval,
+        "retrieval": one.retrieval and retrieval_json(one.retrieval, one.intervals),
         "recall": one.recall and asdict(one.recall),
         "structure": {point: asdict(value) for point, value in one.structure.items()},
         "to_original": {p: asdict(value) for p, value in one.to_original.items()} if comparable else None,
@@ -236,15 +226,17 @@ def _structure(
         vectors[name] = {point: torch.cat([part[point] for part in parts])[back] for point in READ_POINTS}
     found = {}
     for name, mine in vectors.items():
-        found[name] = {point: _compared(mine[point], vectors.get("original", {}).get(point)) for point in READ_POINTS}
+        found[name] = _compared(mine, vectors.get("original"))
         yield _progress("structure", len(found), len(towers))
     return found
 
 
-def _compared(mine: Tensor, original: Tensor | None) -> Structure:
-    """Of prompts' vectors (N, D) at one read point; NaN for what cannot be told."""
-    one = compare_structure({"here": mine}, {"here": mine if original is None else original})["here"]
-    return one if original is not None else replace(one, cka=math.nan, rank_correlation=math.nan)
+def _compared(mine: Mapping[str, Tensor], original: Mapping[str, Tensor] | None) -> dict[str, Structure]:
+    """Of prompts' vectors by read point; without an original, agreement with it is NaN."""
+    found = compare_structure(mine, original or mine)
+    if original is not None:
+        return found
+    return {point: replace(one, cka=math.nan, rank_correlation=math.nan) for point, one in found.items()}
 
 
 def _drifts(
@@ -253,7 +245,7 @@ def _drifts(
     """Drift as `measure.drift` has it, of every tower from the broken one and from the original; each runs once."""
     others = [name for name in ("broken", "original") if name in towers]
     sums: dict[tuple[str, str], dict[str, Tensor]] = {
-        (name, other): {point: torch.zeros(2, dtype=torch.float64) for point in READ_POINTS}
+        (name, other): {point: torch.zeros(3, dtype=torch.float64) for point in READ_POINTS}
         for name in towers
         for other in others
     }
@@ -261,30 +253,14 @@ def _drifts(
     for chunk in ids.split(batch):
         states = {name: rows(tower, chunk, batch) for name, tower in towers.items()}
         for (name, other), by_point in sums.items():
-            for point, one in row_drift(states[name], states[other]).items():
-                by_point[point] += len(chunk) * torch.tensor([one.cosine, one.relative_norm], dtype=torch.float64)
+            for point, total in by_point.items():
+                total += sum_rows(states[name][point], states[other][point])
         done += len(chunk)
         yield _progress("read points", done, len(ids))
-    return {
-        pair: {point: _drift(*(total / len(ids)).tolist()) for point, total in by_point.items()}
-        for pair, by_point in sums.items()
-    }
-
-
-def _drift(cosine: float, norm: float) -> Drift:
-    return Drift(cosine, 1 - cosine, norm)
+    return {pair: {point: as_drift(total) for point, total in by_point.items()} for pair, by_point in sums.items()}
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """A text tower before the held-out pictures: captions' features, places, and their bootstrap samples."""
-
-    features: Tensor  # (captions, E)
-    places: Places
-    samples: dict[str, Tensor]
 
 
 def embed(vision: VisionTower, index: Index, stage: str) -> Generator[Event, None, Tensor]:
@@ -298,37 +274,17 @@ def embed(vision: VisionTower, index: Index, stage: str) -> Generator[Event, Non
     return torch.cat(found)
 
 
-def _see(tower: TextTower, ids: Tensor, images: Tensor, owners: Sequence[int]) -> Generator[Event, None, _Seen]:
-    features = yield from embed_captions(tower, ids)
-    places = yield from rank_pairs(images, features, owners)
-    samples = yield from resample(places)
-    return _Seen(features, places, samples)
+def _recall(seen: Seen) -> Interval:
+    return share_interval(seen.retrieval.recall_at_1, seen.recalls, seen.retrieval.images)
 
 
-def _hits(seen: _Seen) -> float:
-    """recall@1, mean of both directions"""
-    return sum((ranks == 0).double().mean().item() for ranks in _directions(seen.places)) / 2
-
-
-def _directions(places: Places) -> tuple[Tensor, Tensor]:
-    return places.text_to_image, places.image_to_text
-
-
-def _resampled(seen: _Seen) -> Tensor:
-    return sum(sample[:, SUMMARY.index("recall_at_1")] for sample in seen.samples.values()) / 2
-
-
-def _recall(seen: _Seen) -> Interval:
-    return share_interval(_hits(seen), _resampled(seen), len(seen.places.image_to_text))
-
-
-def _gain(before: _Seen, after: _Seen) -> Interval:
+def _gain(before: Seen, after: Seen) -> Interval:
     """Both were resampled alike, so that what a picture does to both does not count as chance."""
-    return interval(_hits(after) - _hits(before), _resampled(after) - _resampled(before))
+    return interval(after.retrieval.recall_at_1 - before.retrieval.recall_at_1, after.recalls - before.recalls)
 
 
 def _changes(
-    seen: Mapping[str, _Seen], index: Index, images: Mapping[str, Tensor], folder: Path
+    seen: Mapping[str, Seen], index: Index, images: Mapping[str, Tensor], folder: Path
 ) -> Generator[Event, None, Changes]:
     """Counts all captions, and shows some of those that changed: evenly spread, not chosen."""
     before, after = (seen[name].places.text_to_image == 0 for name in ("broken", "repaired"))
@@ -360,7 +316,7 @@ def _spread(those: Tensor, owners: Sequence[int]) -> list[int]:
     return [places[i * len(places) // SHOWN] for i in range(SHOWN)] if len(places) > SHOWN else places
 
 
-def _first(seen: _Seen, images: Tensor, place: int, owner: int) -> int:
+def _first(seen: Seen, images: Tensor, place: int, owner: int) -> int:
     """The picture that a caption finds first, ties broken as in `rank_pairs`."""
     if seen.places.text_to_image[place] == 0:
         return owner

@@ -6,15 +6,16 @@ both are always measured.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import READ_POINTS
+from . import READ_POINTS, bootstrap
+from .bootstrap import RESAMPLES, Interval, interval, share_interval
 from .clip import TextTower
 from .events import Event, finish, progress
 from .tokenizer import lengths
@@ -26,22 +27,7 @@ DRIFT_CAPTIONS = 256  # that drift is measured on: at the full context length, 7
 CHUNK = 2048  # pictures, and captions, whose scores are computed at once: 34 MB
 STEP = 2.0**-26  # of the features that scores are computed from
 WORST = -2.0  # a score that is not a number; cosines are -1 at the least
-RESAMPLES = 1000
-CONFIDENCE = 0.95
-Z = 1.959964  # standard deviations of a normal distribution that hold as much
-RARE = 10  # pictures of the rarer outcome below which a bootstrap of a share is not trusted
-DRAWN = 2**22  # numbers that the bootstrap holds at once
-
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A number and its 95 % confidence interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -64,6 +50,11 @@ class Retrieval:
     image_to_text: Ranks
     images: int
     captions: int
+
+    @property
+    def recall_at_1(self) -> float:
+        """Mean of both directions."""
+        return (self.text_to_image.recall_at_1 + self.image_to_text.recall_at_1) / 2
 
     def flat(self) -> dict[str, float]:
         """`recall_at_1_text_to_image` and so on."""
@@ -251,40 +242,16 @@ def resample(places: Places, resamples: int = RESAMPLES, seed: int = 0) -> Gener
         "image_to_text": (places.image_to_text, torch.arange(images)),
     }
     statistics = {name: _statistics(ranks, owner, images) for name, (ranks, owner) in directions.items()}
-    generator = torch.Generator().manual_seed(seed)
     found: dict[str, list[Tensor]] = {name: [] for name in directions}
-    at_once = max(1, DRAWN // max(images, len(places.image_of)))
-    for start in range(0, resamples, at_once):
-        count = min(at_once, resamples - start)
-        drawn = torch.randint(images, (count, images), generator=generator)
-        weights = torch.zeros(count, images, dtype=torch.int64).scatter_add_(1, drawn, torch.ones_like(drawn))
+    done = 0
+    for weights in bootstrap.resamples(images, seed, resamples, len(places.image_of)):
         for name, (ranks, owner) in directions.items():
-            sums = weights.double() @ statistics[name]
-            medians = _medians(weights, ranks, owner).double()
+            sums = weights @ statistics[name]
+            medians = _medians(weights.long(), ranks, owner).double()
             found[name].append(torch.cat([sums[:, :-1] / sums[:, -1:], medians[:, None]], dim=1))
-        yield progress("confidence", start + count, resamples)
+        done += len(weights)
+        yield progress("confidence", done, resamples)
     return {name: torch.cat(rows) for name, rows in found.items()}
-
-
-def interval(value: float, samples: Tensor) -> Interval:
-    """A value with the percentiles of its bootstrap samples (N,)."""
-    tail = (1 - CONFIDENCE) / 2
-    low, high = torch.quantile(samples, samples.new_tensor([tail, 1 - tail])).tolist()
-    return Interval(value, low, high)
-
-
-def share_interval(value: float, samples: Tensor, pictures: int) -> Interval:
-    """`interval` of a share; not narrower than Wilson's (1927) where pictures of one outcome are few.
-
-    Resampling hits alone gives hits alone: near 0 and 1 the bootstrap is far too sure, and has no width at all there.
-    """
-    found = interval(value, samples)
-    if pictures * min(value, 1 - value) >= RARE:
-        return found
-    z2 = Z * Z
-    centre = (value + z2 / (2 * pictures)) / (1 + z2 / pictures)
-    half = Z * math.sqrt(value * (1 - value) / pictures + z2 / (4 * pictures**2)) / (1 + z2 / pictures)
-    return Interval(value, max(0.0, min(found.low, centre - half)), min(1.0, max(found.high, centre + half)))
 
 
 def with_intervals(found: Retrieval, samples: Mapping[str, Tensor]) -> dict[str, dict[str, Interval]]:
@@ -300,6 +267,18 @@ def with_intervals(found: Retrieval, samples: Mapping[str, Tensor]) -> dict[str,
 
 def _interval(name: str, value: float, samples: Tensor, pictures: int) -> Interval:
     return share_interval(value, samples, pictures) if name.startswith("recall") else interval(value, samples)
+
+
+def intervals_json(found: Mapping[str, Mapping[str, Interval]]) -> dict[str, dict[str, object]]:
+    return {direction: {name: asdict(one) for name, one in values.items()} for direction, values in found.items()}
+
+
+def retrieval_json(found: Retrieval, intervals: Mapping[str, Mapping[str, Interval]]) -> dict[str, object]:
+    """The section `retrieval` of a measurement document; intervals as `with_intervals` gives them."""
+    section: dict[str, object] = {"images": found.images, "captions": found.captions}
+    for direction, values in intervals_json(intervals).items():
+        section[direction] = values | {"queries": getattr(found, direction).queries}
+    return section
 
 
 def changes(
@@ -342,6 +321,33 @@ def text_features(tower: TextTower, ids: Tensor, batch: int = 256) -> Tensor:
     return finish(embed_captions(tower, ids, batch))
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A text tower before captioned pictures: its captions, and how they find their pictures."""
+
+    features: Tensor  # (captions, E)
+    places: Places
+    samples: dict[str, Tensor]  # of the bootstrap, as `resample` gives them
+
+    @cached_property
+    def retrieval(self) -> Retrieval:
+        return summarize(self.places)
+
+    @property
+    def recalls(self) -> Tensor:
+        """`Retrieval.recall_at_1` of every resample; paired with those of another tower before the same pictures."""
+        return sum(rows[:, SUMMARY.index("recall_at_1")] for rows in self.samples.values()) / 2
+
+
+def see(
+    tower: TextTower, ids: Tensor, images: Tensor, owners: Sequence[int], device: torch.device = CPU
+) -> Generator[Event, None, Seen]:
+    """Captions (N, L) against pictures' features (pictures, E); owners[j] is the picture of caption j."""
+    features = yield from embed_captions(tower, ids)
+    places = yield from rank_pairs(images, features, owners, device=device)
+    return Seen(features, places, (yield from resample(places)))
+
+
 def compare_states(
     tower: TextTower, other: TextTower, ids: Tensor, batch: int = 64
 ) -> Generator[Event, None, dict[str, Drift]]:
@@ -355,16 +361,19 @@ def compare_states(
         with torch.no_grad():
             a, b = (one(chunk.to(one.positional_embedding.device)) for one in (tower, other))
             for point in READ_POINTS:
-                sums[point] += _agreement(getattr(a, point), getattr(b, point))
+                sums[point] += sum_rows(getattr(a, point), getattr(b, point))
         done += len(chunk)
         yield progress("compare states", done, len(ids))
-    return {
-        point: Drift(cosine / rows, 1 - cosine / rows, norm / rows)
-        for point, (cosine, norm, rows) in ((point, total.tolist()) for point, total in sums.items())
-    }
+    return {point: as_drift(total) for point, total in sums.items()}
 
 
-def _agreement(states: Tensor, others: Tensor) -> Tensor:
+def as_drift(sums: Tensor) -> Drift:
+    """Means of what `sum_rows` has summed."""
+    cosine, norm, rows = sums.tolist()
+    return Drift(cosine / rows, 1 - cosine / rows, norm / rows)
+
+
+def sum_rows(states: Tensor, others: Tensor) -> Tensor:
     """Sums over rows: cosines, ratios of lengths, rows. (…, W), (…, W) -> (3,) fp64 on the CPU"""
     x, y = (one.cpu().double().flatten(0, -2) for one in (states, others))
     norms = x.norm(dim=-1) / y.norm(dim=-1)
@@ -374,6 +383,23 @@ def _agreement(states: Tensor, others: Tensor) -> Tensor:
 def drift(tower: TextTower, other: TextTower, ids: Tensor, batch: int = 64) -> dict[str, Drift]:
     """`compare_states`, without its events."""
     return finish(compare_states(tower, other, ids, batch))
+
+
+@torch.no_grad()
+def rows(tower: TextTower, ids: Tensor, batch: int = 32) -> dict[str, Tensor]:
+    """Every row that a diffusion model can read, by read point: (N, L) -> (N · L, D), or (N, D) where one is read."""
+    device = tower.positional_embedding.device
+    found: dict[str, list[Tensor]] = {point: [] for point in READ_POINTS}
+    for chunk in ids.split(batch):
+        points = tower(chunk.to(device))
+        for name, states in found.items():
+            states.append(getattr(points, name).flatten(0, -2).float().cpu())
+    return {name: torch.cat(states) for name, states in found.items()}
+
+
+def row_drift(states: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Drift]:
+    """Drift at every read point between rows of two towers, as `drift` computes it from the towers."""
+    return {point: as_drift(sum_rows(mine, others[point])) for point, mine in states.items()}
 
 
 def measure_tower(

@@ -16,8 +16,8 @@ from . import READ_POINTS
 from .verdict import LEAST_PAIRS, LEAST_RECALL, ORDER_KEPT, ORDER_LOST, has_collapsed
 
 if TYPE_CHECKING:
+    from .bootstrap import Interval
     from .evidence import Encoder
-    from .measure import Interval
 
 # Pictures by which two recalls must differ, beside an interval of the difference without 0: with fewer that all changed
 # to one side, a coin would do as well (sign test, 6 of 6: 0.03).

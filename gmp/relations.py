@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bootstrap import ratio
+from .bootstrap import Interval, ratio
 from .clip import TextTower
 from .data.captions import Index
 from .events import Event, progress
-from .measure import Interval, text_features
+from .measure import text_features
 from .tokenizer import Tokenize
 
 _BATCH = 512  # captions between two progress events

@@ -14,11 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PureWindowsPath
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import READ_POINTS
 from .blend import ALONG, STRONGEST, blend
+from .bootstrap import Interval, interval
 from .clip import TextTower, VisionTower, load
 from .data.captions import Index, split
 from .errors import InputError
@@ -28,7 +27,7 @@ from .features import content_keys, embed_pictures
 from .join import Joined, join, text_tower, unlike
 from .layouts import Source, TowerFile
 from .layouts.canonical import is_vision
-from .measure import SUMMARY, Drift, Interval, embed_captions, interval, rank_pairs, resample
+from .measure import Drift, Seen, row_drift, rows, see
 from .prompts import prompts
 from .structure import Structure, compare_structure, prompt_vectors
 from .tokenizer import Tokenize
@@ -235,7 +234,7 @@ def scan(
     yield step
     watched = _Watched(tokenize(texts).ids, text_tower(original, parts["broken"]).to(device))
     yield (step := step | {"done": 1})
-    curves, first, samples = [], None, None
+    curves, first, start = [], None, None
     for way in along:
         points = []
         for strength in strengths:
@@ -243,11 +242,12 @@ def scan(
                 points.append(first)
                 continue
             tower.load_state_dict(blend(base, end, strength, way))
-            recall = None
+            seen = None
             if pairs is not None:  # its own bars, one per strength, would tell nothing
-                recall = yield from mapped(_recall(tower, pairs), lambda event, step=step: step)
-            samples = recall if samples is None else samples
-            points.append(watched.point(tower, strength, recall, samples))
+                seeing = see(tower, pairs.ids, pairs.features, pairs.owners)
+                seen = yield from mapped(seeing, lambda event, step=step: step)
+            start = start or seen
+            points.append(watched.point(tower, strength, seen, start))
             first = first or points[0]
             yield (step := step | {"done": step["done"] + 1})
         curves.append(Curve(way, tuple(points), suggest(points, at, len(pairs.features) if pairs else 0)))
@@ -312,16 +312,6 @@ def _pairs(
     return _Pairs(features, tokenize(index.captions()).ids, index.owners())
 
 
-def _recall(tower: TextTower, pairs: _Pairs) -> Generator[Event, None, tuple[float, Tensor]]:
-    """recall@1, mean of both directions, and its bootstrap samples, which are paired with those of other towers."""
-    features = yield from embed_captions(tower, pairs.ids)
-    places = yield from rank_pairs(pairs.features, features, pairs.owners)
-    samples = yield from resample(places)
-    column = SUMMARY.index("recall_at_1")
-    hits = [(ranks == 0).double().mean().item() for ranks in (places.text_to_image, places.image_to_text)]
-    return sum(hits) / 2, sum(rows[:, column] for rows in samples.values()) / 2
-
-
 class _Watched:
     """The prompts, and what the original and the broken encoder make of them, computed once."""
 
@@ -332,39 +322,19 @@ class _Watched:
         self.rows = rows(original, self.few)
         self.broken: dict[str, Tensor] | None = None
 
-    def point(
-        self, tower: TextTower, strength: float, recall: tuple[float, Tensor] | None, start: tuple[float, Tensor] | None
-    ) -> Point:
+    def point(self, tower: TextTower, strength: float, seen: Seen | None, start: Seen | None) -> Point:
         """What there is to know of a tower; the first one that is asked for is the broken one."""
+        recall = gain = None
+        if seen is not None:
+            value, first = seen.retrieval.recall_at_1, start.retrieval.recall_at_1
+            recall, gain = interval(value, seen.recalls), interval(value - first, seen.recalls - start.recalls)
         states = rows(tower, self.few)
         self.broken = self.broken or states
         return Point(
             strength,
-            recall and interval(*recall),
-            recall and interval(recall[0] - start[0], recall[1] - start[1]),
+            recall,
+            gain,
             compare_structure(prompt_vectors(tower, self.ids), self.original),
             row_drift(states, self.rows),
             row_drift(states, self.broken),
         )
-
-
-@torch.no_grad()
-def rows(tower: TextTower, ids: Tensor, batch: int = 32) -> dict[str, Tensor]:
-    """Every row that a diffusion model can read, by read point: (N, L) -> (N · L, D), or (N, D) where one is read."""
-    device = tower.positional_embedding.device
-    found: dict[str, list[Tensor]] = {point: [] for point in READ_POINTS}
-    for chunk in ids.split(batch):
-        points = tower(chunk.to(device))
-        for name, states in found.items():
-            states.append(getattr(points, name).flatten(0, -2).float().cpu())
-    return {name: torch.cat(states) for name, states in found.items()}
-
-
-def row_drift(states: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Drift]:
-    """Drift at every read point between rows of two towers, as `measure.drift` computes it from the towers."""
-    found = {}
-    for name, mine in states.items():
-        x, y = mine.double(), others[name].double()
-        cosine = F.cosine_similarity(x, y, dim=-1).mean().item()
-        found[name] = Drift(cosine, 1 - cosine, (x.norm(dim=-1) / y.norm(dim=-1)).mean().item())
-    return found

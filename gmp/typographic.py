@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .bootstrap import ratio, share
+from .bootstrap import Interval, ratio, share
 from .clip import TextTower, VisionTower
 from .data.captions import Index
 from .data.classes import Classes
@@ -29,7 +29,6 @@ from .data.images import load_picture, preprocess
 from .errors import InputError
 from .events import Event, progress
 from .features import content_keys, embed_pictures
-from .measure import Interval
 from .relations import wins
 from .tokenizer import Tokenize
 from .zero_shot import check_templates, class_features, read_templates

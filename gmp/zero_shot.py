@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bootstrap import difference, resamples, share
+from .bootstrap import Interval, difference, interval, resamples, share
 from .clip import TextTower, VisionTower
 from .data.classes import Classes
 from .errors import InputError, some
 from .events import Event, progress
 from .features import content_keys, embed_pictures
-from .measure import Interval, interval, text_features
+from .measure import text_features
 from .tokenizer import Tokenize
 
 TEMPLATES = Path(__file__).parent / "assets" / "templates.txt"

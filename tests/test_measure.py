@@ -292,7 +292,7 @@ def naive_samples(places, resamples, seed):
 @pytest.mark.parametrize("drawn", [1, 100, 2**22])
 @pytest.mark.parametrize("counts", [(1,), (1, 3, 2)])
 def test_resampling_draws_pictures_with_all_their_captions(counts, drawn, monkeypatch):
-    monkeypatch.setattr(module, "DRAWN", drawn)
+    monkeypatch.setattr(bootstrap, "DRAWN", drawn)
     places = ranked(*data(counts=counts))
     found = finish(resample(places, resamples=40, seed=3))
     for name, wanted in naive_samples(places, 40, 3).items():

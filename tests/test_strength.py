@@ -23,7 +23,7 @@ from gmp.evaluate import SCHEMA
 from gmp.events import finish
 from gmp.join import join
 from gmp.layouts import read_text, write_text
-from gmp.measure import Drift, Interval, drift, retrieval, text_features
+from gmp.measure import Drift, Interval, drift, retrieval, row_drift, rows, text_features
 from gmp.plots.figure import pixels
 from gmp.plots.strength import plot_scan
 from gmp.prompts import prompts
@@ -36,8 +36,6 @@ from gmp.strength import (
     even,
     knee,
     read_points,
-    row_drift,
-    rows,
     scan,
     suggest,
 )
