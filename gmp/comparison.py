@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import READ_POINTS
-from .clip import CLIP, TextTower, load
+from .clip import TextTower, load
 from .compare import Geometry, WeightDrift, check_alike, geometry, neighbours, similarity, weight_drift
 from .data.captions import Index, first_captions
 from .errors import InputError
@@ -21,7 +21,7 @@ from .events import Event, progress
 from .features import embed_index
 from .join import join
 from .layouts import Source, TowerFile, projection_fault
-from .layouts.canonical import STACK
+from .layouts.canonical import STACK, text_part
 from .measure import Drift, drift
 from .pca import fit_plane, fit_umap
 from .prompts import Prompt
@@ -203,7 +203,7 @@ def build_towers(
         lent = torch.eye(first.config.width)
     towers = {}
     for name, file in files.items():
-        own, state = _projection(file), {n: t for n, t in file.state.items() if n != "logit_scale"}
+        own, state = _projection(file), text_part(file.state)
         if own is None or own.shape != lent.shape:
             own = lent
             if name != original and original not in said:
@@ -232,8 +232,7 @@ def _pictures(
     joined = join(original, vision, lender or original)
     places = torch.linspace(0, len(index) - 1, min(len(index), PAIRS)).long().tolist()
     chosen = replace(index, pictures=tuple(index.pictures[place] for place in places))
-    clip: CLIP = joined.build()
-    index, features, broken = yield from embed_index(clip.visual.requires_grad_(False).to(device), chosen, cache)
+    index, features, broken = yield from embed_index(joined.build_vision().to(device), chosen, cache)
     return features, index, broken
 
 

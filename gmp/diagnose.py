@@ -22,10 +22,10 @@ from .data.captions import Index
 from .diagnosis import Diagnosis, Part
 from .errors import InputError, some
 from .events import Event
-from .features import content_keys, embed_index
+from .features import embed_index, index_keys
 from .join import UNRELATED
 from .layouts import TowerFile
-from .layouts.canonical import STACK, block_name
+from .layouts.canonical import STACK, block_name, vision_part
 from .measure import CPU, embed_captions, rank_pairs, retrieval_json, see, summarize, with_intervals
 from .prompts import prompts
 from .states import Compared, compare_states
@@ -315,14 +315,12 @@ def _look(
             f"{vision.source.path} embeds pictures into {vision.config.embed_dim} dimensions, the text into {width}; "
             "give the vision tower of the original CLIP"
         )
-    state = {name.removeprefix("visual."): tensor for name, tensor in vision.state.items()}
-    eye = load(VisionTower, vision.config, state).requires_grad_(False).to(tower.positional_embedding.device)
-    names = [picture.path for picture in pictures.index.pictures]
-    keys = dict(zip(names, (yield from content_keys(pictures.index.root, names, pictures.cache)), strict=True))
+    eye = load(VisionTower, vision.config, vision_part(vision.state)).requires_grad_(False)
+    keys = yield from index_keys(pictures.index, pictures.cache)
     index, seen = unseen(pictures.index, keys, [encoder])
-    index, features, broken = yield from embed_index(eye, index, pictures.cache)
-    ids, owners = tokenize(index.captions()).ids, index.owners()
     device = tower.positional_embedding.device
+    index, features, broken = yield from embed_index(eye.to(device), index, pictures.cache, keys)
+    ids, owners = tokenize(index.captions()).ids, index.owners()
     found = yield from see(tower, ids, features, owners, device)
     texts = yield from embed_captions(other, ids)
     theirs = summarize((yield from rank_pairs(features, texts, owners, device=device)))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .clip import TextConfig, TextTower, VisionTower, end_of_text
 from .errors import InputError
 from .layouts import TowerFile
+from .layouts.canonical import vision_part
 from .tokenizer import END_ID
 
 CHUNK_BYTES = 64 << 20  # of one MLP's activations: the largest thing that a pass needs beside its results
@@ -56,7 +57,7 @@ def encode(text: TowerFile | None, vision: TowerFile | None, ids: Tensor | None,
         tensors |= _encode_text(text, ids.long(), notes)
     if pixels is not None:
         config = vision.config
-        tower = _build(VisionTower, config, {name.removeprefix("visual."): t for name, t in vision.state.items()})
+        tower = _build(VisionTower, config, vision_part(vision.state))
         rows = _rows(1 + (config.image_size // config.patch_size) ** 2, config.mlp_width)
         tensors |= _in_chunks(lambda chunk: {"image": tower(chunk)}, pixels.float(), rows)
     if ids is not None and pixels is not None:

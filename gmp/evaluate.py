@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from .alignment import alignment, calibration, spread
-from .clip import TextTower, VisionTower, load
+from .clip import TextTower, VisionTower
 from .data.captions import Index
 from .data.classes import Classes
 from .errors import InputError
 from .events import Event, progress
-from .features import content_keys, embed_index
-from .join import Joined, join, text_tower, unlike
+from .features import embed_index, index_keys
+from .join import join, text_tower, unlike
 from .layouts import Source, TowerFile
 from .measure import (
     CHUNK,
@@ -160,20 +160,21 @@ def evaluate(
     _check(index, classes, relations)
     joined = {name: join(text, vision, original) for name, text in encoders.items()}
     first = next(iter(joined.values()))
-    visual = first.build().visual.requires_grad_(False).to(device)
-    seen: list[str] = []
+    visual = first.build_vision().to(device)
+    seen, keys = [], None
     if index is not None:
-        names = [picture.path for picture in index.pictures]
-        keys = dict(zip(names, (yield from content_keys(index.root, names, cache)), strict=True))
+        keys = yield from index_keys(index, cache)
         index, seen = unseen(index, keys, list(encoders.values()))
-    held = yield from _hold(visual, index, tokenize, cache, prompts, classes if typographic else None, typographic)
+    held = yield from _hold(
+        visual, index, keys, tokenize, cache, prompts, classes if typographic else None, typographic
+    )
     captioned = held.captioned
     reference = None if original is None else text_tower(original, first).to(device)
     theirs = None if reference is None else (yield from _vectors(reference, held))
     evaluations: dict[str, Evaluation] = {}
     before: Measured | None = None
     for name, text in encoders.items():
-        tower = _text_tower(joined[name]).to(device)
+        tower = joined[name].build_text().to(device)
         difference = original and unlike(text, original)
         sections: dict[str, object] = {}
         found = told = None
@@ -223,6 +224,7 @@ def _check(index: Index | None, classes: Classes | None, relations: bool) -> Non
 def _hold(
     visual: VisionTower,
     index: Index | None,
+    keys: Mapping[str, str] | None,
     tokenize: Tokenize,
     cache: Path,
     prompts: Sequence[str] | None,
@@ -231,7 +233,7 @@ def _hold(
 ) -> Generator[Event, None, Held]:
     captioned = attacked = None
     if index is not None:
-        captioned = yield from _embed(visual, index, tokenize, cache)
+        captioned = yield from _embed(visual, index, keys, tokenize, cache)
     if typographic:
         plan = plan_captions(captioned.index) if classes is None else plan_classes(classes)
         attacked = yield from draw_attack(visual, plan, cache)
@@ -239,17 +241,13 @@ def _hold(
     return Held(captioned, tokenize(texts).ids, attacked)
 
 
-def _embed(visual: VisionTower, index: Index, tokenize: Tokenize, cache: Path) -> Generator[Event, None, Captioned]:
-    index, pictures, broken = yield from embed_index(visual, index, cache)
+def _embed(
+    visual: VisionTower, index: Index, keys: Mapping[str, str] | None, tokenize: Tokenize, cache: Path
+) -> Generator[Event, None, Captioned]:
+    index, pictures, broken = yield from embed_index(visual, index, cache, keys)
     captions = [index.pictures[i].captions[0] for i in spread(len(index), DRIFT_CAPTIONS).tolist()]
     chosen = tokenize(list(dict.fromkeys(captions))).ids
     return Captioned(index, broken, pictures, tokenize(index.captions()), chosen)
-
-
-def _text_tower(joined: Joined) -> TextTower:
-    """The joined CLIP without its pictures' half."""
-    state = {n: t for n, t in joined.state.items() if not n.startswith("visual.") and n != "logit_scale"}
-    return load(TextTower, joined.config.text, state).requires_grad_(False)
 
 
 def _data(captioned: Captioned) -> dict[str, object]:

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -145,12 +145,22 @@ def embed_pictures(
     return found, {name: reasons[missing[key]] for name, key in zip(names, keys, strict=True) if key not in known}
 
 
-def embed_index(
-    tower: VisionTower, index: Index, cache: Path
-) -> Generator[Event, None, tuple[Index, Tensor, dict[str, str]]]:
-    """The pictures that decode, their features (pictures, embed_dim), and the reasons of those that do not."""
+def index_keys(index: Index, cache: Path) -> Generator[Event, None, dict[str, str]]:
+    """`content_keys` of an index's pictures, by their paths."""
     names = [picture.path for picture in index.pictures]
-    keys = yield from content_keys(index.root, names, cache)
-    found, broken = yield from embed_pictures(tower, index.root, names, keys, cache)
+    return dict(zip(names, (yield from content_keys(index.root, names, cache)), strict=True))
+
+
+def embed_index(
+    tower: VisionTower, index: Index, cache: Path, keys: Mapping[str, str] | None = None
+) -> Generator[Event, None, tuple[Index, Tensor, dict[str, str]]]:
+    """The pictures that decode, their features (pictures, embed_dim), and the reasons of those that do not.
+
+    keys: `index_keys` of these pictures, and maybe more; None computes them.
+    """
+    if keys is None:
+        keys = yield from index_keys(index, cache)
+    names = [picture.path for picture in index.pictures]
+    found, broken = yield from embed_pictures(tower, index.root, names, [keys[name] for name in names], cache)
     index = index.without(broken)
     return index, torch.stack([found[picture.path] for picture in index.pictures]), broken

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from .clip import CLIP, CLIPConfig, TextTower, load
+from .clip import CLIP, CLIPConfig, TextTower, VisionTower, load
 from .errors import InputError
 from .layouts import Source, TowerFile, projection_fault
-from .layouts.canonical import STACK, block_name
+from .layouts.canonical import STACK, block_name, text_part, vision_part
 
 UNRELATED = 0.2  # cosine of two projections below which one is not a fine-tune of the other
 START_LOGIT_SCALE = math.log(1 / 0.07)  # what CLIP's training starts with
@@ -58,6 +58,14 @@ class Joined:
     def build(self) -> CLIP:
         """A CLIP with these weights, in memory of its own."""
         return load(CLIP, self.config, self.state)
+
+    def build_text(self) -> TextTower:
+        """Its text tower alone, frozen."""
+        return load(TextTower, self.config.text, text_part(self.state)).requires_grad_(False)
+
+    def build_vision(self) -> VisionTower:
+        """Its vision tower alone, frozen."""
+        return load(VisionTower, self.config.vision, vision_part(self.state)).requires_grad_(False)
 
 
 def join(text: TowerFile, vision: TowerFile, original: TowerFile | None = None) -> Joined:
@@ -149,7 +157,7 @@ def text_tower(file: TowerFile, joined: Joined) -> TextTower:
     """
     own = file.state.get("text_projection")
     fits = own is not None and own.shape[1] == joined.config.text.embed_dim and _fault(own) is None
-    state = {name: tensor for name, tensor in file.state.items() if name != "logit_scale"}
+    state = text_part(file.state)
     state["text_projection"] = own if fits else joined.state["text_projection"]
     layers = file.config.layers
     if f"{STACK['text']}.{layers}" in file.source.missing:

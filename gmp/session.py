@@ -27,7 +27,7 @@ from .files import write_json
 from .geometric import fold_state
 from .history import SNAPSHOT, History
 from .layouts import Source, open_text, write_clip, write_text
-from .layouts.canonical import is_vision
+from .layouts.canonical import text_part, vision_part
 from .measure import measure_tower
 from .plots import plot_losses
 from .report import write_report
@@ -242,8 +242,7 @@ class Session:
 
     def _evidence(self) -> Iterator[Event]:
         scene, training, clip = self.scene, self.training, self.training.clip
-        state = {name: t for name, t in scene.start.items() if not is_vision(name) and name != "logit_scale"}
-        broken = load(TextTower, clip.text_config, state).requires_grad_(False).to(self.device)
+        broken = load(TextTower, clip.text_config, text_part(scene.start)).requires_grad_(False).to(self.device)
         towers = {"broken": broken, "repaired": clip}
         if scene.reference is not None:
             towers["original"] = scene.reference
@@ -267,8 +266,11 @@ class Session:
         held, clip = self.scene.held, self.training.clip
         if held.features is not None or not len(held.index):
             return dict.fromkeys(towers, held.features)
-        state = {n.removeprefix("visual."): t for n, t in self.scene.start.items() if is_vision(n)}
-        vision = load(VisionTower, clip.visual.vision_config, state).requires_grad_(False).to(self.device)
+        vision = (
+            load(VisionTower, clip.visual.vision_config, vision_part(self.scene.start))
+            .requires_grad_(False)
+            .to(self.device)
+        )
         before = yield from evidence.embed(vision, held.index, "pictures as they were seen before")
         after = yield from evidence.embed(clip.visual, held.index, "pictures as they are seen now")
         return dict.fromkeys(towers, before) | {"repaired": after}

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from .blend import ALONG, STRONGEST, blend
 from .bootstrap import Interval, interval
-from .clip import TextTower, VisionTower, load
+from .clip import TextTower
 from .data.captions import Index, split
 from .errors import InputError
 from .evaluate import Document, document
 from .events import Event, mapped, progress
-from .features import content_keys, embed_pictures
+from .features import embed_index, index_keys
 from .join import Joined, join, text_tower, unlike
 from .layouts import Source, TowerFile
-from .layouts.canonical import is_vision
+from .layouts.canonical import text_part
 from .measure import Drift, Seen, row_drift, rows, see
 from .prompts import prompts
 from .structure import Structure, compare_structure, prompt_vectors
@@ -223,13 +223,13 @@ def scan(
     at = read_points(target, repaired.source.member or broken.source.member)
     _check(broken, repaired, original, strengths, along)
     parts = {name: join(file, vision, original) for name, file in (("broken", broken), ("repaired", repaired))}
-    base, end = (_text_state(joined) for joined in parts.values())
+    base, end = (text_part(joined.state) for joined in parts.values())
     blend(base, end, 0)  # refuses what does not belong together before pictures are embedded
     texts = [prompt.text for prompt in prompts()] if texts is None else list(texts)
     pairs, warnings = None, []
     if index is not None:
         pairs = yield from _pairs(index, broken, repaired, parts["broken"], tokenize, cache, device, warnings)
-    tower = load(TextTower, parts["broken"].config.text, base).requires_grad_(False).to(device)
+    tower = parts["broken"].build_text().to(device)
     step = progress("measure strengths", 0, 2 + len(along) * (len(strengths) - 1))
     yield step
     watched = _Watched(tokenize(texts).ids, text_tower(original, parts["broken"]).to(device))
@@ -270,10 +270,6 @@ def _check(
         )
 
 
-def _text_state(joined: Joined) -> dict[str, Tensor]:
-    return {name: t for name, t in joined.state.items() if not is_vision(name) and name != "logit_scale"}
-
-
 @dataclass(frozen=True)
 class _Pairs:
     """Captioned pictures: features (pictures, embed_dim), ids (captions, context), and each caption's picture."""
@@ -294,21 +290,15 @@ def _pairs(
     warnings: list[str],
 ) -> Generator[Event, None, _Pairs]:
     """The pictures that recall is measured on, embedded or taken from the cache."""
-    names = [picture.path for picture in index.pictures]
-    keys = dict(zip(names, (yield from content_keys(index.root, names, cache)), strict=True))
+    keys = yield from index_keys(index, cache)
     if "gmp_run" not in repaired.source.metadata:
         warnings.append("recall may count pictures that the repair was trained on: its file tells of no run")
     index, left_out = unseen(index, keys, [start, repaired])
     warnings += left_out
     if len(index) > MOST:
         _, index = split(index, keys, MOST)
-    names = [picture.path for picture in index.pictures]
-    state = {name.removeprefix("visual."): t for name, t in joined.state.items() if is_vision(name)}
-    vision = load(VisionTower, joined.config.vision, state).requires_grad_(False).to(device)
-    found, broken = yield from embed_pictures(vision, index.root, names, [keys[name] for name in names], cache)
-    index = index.without(broken)
+    index, features, broken = yield from embed_index(joined.build_vision().to(device), index, cache, keys)
     warnings += [f"left out: {name} ({reason})" for name, reason in broken.items()]
-    features = torch.stack([found[picture.path] for picture in index.pictures])
     return _Pairs(features, tokenize(index.captions()).ids, index.owners())
 
 

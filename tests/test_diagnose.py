@@ -24,7 +24,7 @@ from gmp.diagnosis import Diagnosis, as_document, lines
 from gmp.errors import InputError
 from gmp.evaluate import SCHEMA
 from gmp.events import finish
-from gmp.features import content_keys
+from gmp.features import index_keys
 from gmp.layouts import TowerFile, read_text, read_vision
 from gmp.plots.diagnosis import plot_diagnosis
 from gmp.plots.figure import pixels
@@ -381,8 +381,7 @@ def test_too_few_pictures_are_a_warning_and_no_verdict(world):
 
 def test_pictures_that_the_encoder_was_trained_on_do_not_count(world, measured):
     index = read_index(world, world / "captions.json")
-    names = [picture.path for picture in index.pictures]
-    keys = dict(zip(names, finish(content_keys(index.root, names, world.parent / "cache")), strict=True))
+    keys = finish(index_keys(index, world.parent / "cache"))
     run = {"config": {"held_out": 0.5, "held_out_most": 30}, "dataset": dataset_key(index, keys)}
     encoder = replace(BROKEN, source=replace(BROKEN.source, metadata={"gmp_run": json.dumps(run)}))
     one = look(world, encoder)

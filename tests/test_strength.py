@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 import torch
 
+import gmp.features
 import gmp.strength
 from gmp import READ_POINTS
 from gmp.blend import ALONG, blend
@@ -305,13 +306,13 @@ def test_of_the_pictures_that_a_run_was_trained_on_only_those_held_out_are_measu
 ):
     known, keys = with_run(repaired, inputs, inputs.index, held_out=0.3)
     embedded = []
-    embed = gmp.strength.embed_pictures
+    embed = gmp.features.embed_pictures
 
     def listen(tower, root, names, *rest):
         embedded.extend(names)
         return embed(tower, root, names, *rest)
 
-    monkeypatch.setattr(gmp.strength, "embed_pictures", listen)
+    monkeypatch.setattr(gmp.features, "embed_pictures", listen)
     one = measured(inputs, known, inputs.index, cache=tmp_path, strengths=even(3))
     _, held = split(inputs.index, keys, 8)  # 0.3 of 26
     assert embedded == [picture.path for picture in held.pictures] and one.pictures == len(held)

@@ -12,7 +12,7 @@ from gmp.config import RepairConfig
 from gmp.data.captions import split
 from gmp.evaluate import evaluate
 from gmp.events import finish
-from gmp.features import content_keys
+from gmp.features import index_keys
 from gmp.layouts import read_text
 from gmp.run import RESULT, repair
 from gmp.unseen import held_out, unseen
@@ -26,8 +26,7 @@ CPU = torch.device("cpu")
 def ran(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unseen")
     events = list(repair(inputs, CONFIG, folder / "run", cache=folder / "cache", device=CPU))
-    names = [picture.path for picture in inputs.index.pictures]
-    keys = dict(zip(names, finish(content_keys(inputs.index.root, names, folder / "cache")), strict=True))
+    keys = finish(index_keys(inputs.index, folder / "cache"))
     return read_text(folder / "run" / RESULT), [e for e in events if e["type"] == "measure"][-1], keys, folder / "cache"
 
 

@@ -92,6 +92,16 @@ def is_vision(name: str) -> bool:
     return name.startswith("visual.")
 
 
+def text_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The text tower's tensors of a canonical state, without logit_scale, which belongs to the whole CLIP."""
+    return {name: tensor for name, tensor in state.items() if not is_vision(name) and name != "logit_scale"}
+
+
+def vision_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The vision tower's tensors of a canonical state, by their names inside of it."""
+    return {name.removeprefix("visual."): tensor for name, tensor in state.items() if is_vision(name)}
+
+
 def sizes_of(tower: str, names: Mapping[str, tuple], shapes: Mapping[str, Shape]) -> tuple[dict, list[str]]:
     """Sizes that the shapes of a tower's tensors settle, and a sentence for those that contradict each other.
 
