@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
-from .files import read_header, read_tensors, write_json, write_safetensors
+from .files import read_header, read_json, read_tensors, write_json, write_safetensors
 
+CHECKPOINTS = "checkpoints"  # in a run's folder
 _STATE = re.compile(r"^step_(\d{8})\.state\.json$")
 _FILE = re.compile(r"^\.?step_(\d{8})\.")  # of any step, whole or torn
 
@@ -45,6 +46,14 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
         return []
     steps = sorted(int(match[1]) for name in folder.iterdir() if (match := _STATE.match(name.name)))
     return [Checkpoint(folder, step) for step in steps]
+
+
+def best_of(run: Path) -> dict[str, object] | None:
+    """What a run's folder says of its best step: `result.json`, or else its newest checkpoint. None if it does not."""
+    saved = list_checkpoints(run / CHECKPOINTS)
+    known = read_json(run / "result.json") or (read_json(saved[-1].path("state.json")) if saved else {})
+    best = known.get("best")
+    return best if isinstance(best, dict) else None
 
 
 def save(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .commands import compare, diagnose, files, measure, report, runs, strength, training, world
+from .commands.towers import add_pictures
 from .errors import InputError
 
 
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         "--captions captions.json --out runs/first",
     )
     _add_towers(one)
-    _add_data(one)
+    add_pictures(one)
     _add_settings(one)
 
     _add_runs(add("runs", runs.list_runs, "See, stop and resume runs.", "runs watch first"))
@@ -158,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
         "measure --text clip_l.safetensors --vision ViT-L-14.safetensors --images pictures --captions captions.json",
     )
     _add_towers(one)
-    _add_data(one, required=False)
+    add_pictures(one, required=False)
     measure.arguments(one)
 
     one = add(
@@ -275,21 +276,6 @@ def _add_towers(parser: argparse.ArgumentParser) -> None:
         help="what lends projection and temperature, and is the anchor, if not the file of --vision",
     )
     _add_member(parser)
-
-
-def _add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    parser.add_argument(
-        "--images", type=Path, required=required, metavar="DIR", help="folder with the captioned pictures"
-    )
-    parser.add_argument(
-        "--captions",
-        type=Path,
-        metavar="FILE",
-        help='JSON {"sub/01.jpg": ["caption", …]}; without: .txt files beside',
-    )
-    parser.add_argument("--allow-missing", action="store_true", help="leave out pictures that are named but not there")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps or auto, the best there is (auto)")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="for picture features (~/.cache/gmp)")
 
 
 def _add_out(parser: argparse.ArgumentParser) -> None:

@@ -41,11 +41,10 @@ from .verdict import (
     align,
     judge,
     read,
-    targets,
+    target_of,
 )
 
 LARGEST = 65504.0  # of fp16, in which many hosts compute text encoders
-TARGETS = tuple(targets(None))
 _PARTS = {"token_embedding": "embeddings", "positional_embedding": "embeddings", "ln_final": "final LayerNorm"}
 
 Structures = tuple[Structure | None, Structure]  # of the encoder, None where states are not finite; of the original
@@ -71,12 +70,11 @@ def diagnose(
 ) -> Generator[Event, None, Diagnosis]:
     """Holds a text encoder against the original it came from; yields progress events.
 
-    target: whose eyes the verdict is for, one of TARGETS. tokenize: captions -> tokens, CLIP's where None. pictures:
-    measures alignment too, on those that the encoder was not trained on. Raises InputError for towers of different
-    shapes, an original that ends before its last block, and weights that are not finite.
+    target: whose eyes the verdict is for, one of `verdict.TARGETS`. tokenize: captions -> tokens, CLIP's where None.
+    pictures: measures alignment too, on those that the encoder was not trained on. Raises InputError for towers of
+    different shapes, an original that ends before its last block, and weights that are not finite.
     """
-    if target not in TARGETS:
-        raise InputError(f"target {target!r} is not one of {', '.join(TARGETS)}")
+    reader = target_of(target, encoder.source.member)
     _check(encoder, original)
     encoder, warnings = _with_its_own(encoder, original)
     tokenize = tokenize or tokenizer_for(encoder.config.context_length, encoder.source.member)
@@ -96,7 +94,7 @@ def diagnose(
         warnings += more
     alignment, more = align(recognised, recalls, images)
     warnings += [*_overflows(compared), *_unseen(trained, compared), *more]
-    verdict = judge(targets(encoder.source.member)[target], readings, alignment, trained.pattern)
+    verdict = judge(reader, readings, alignment, trained.pattern)
     vision = pictures.vision if pictures else None
     return Diagnosis(
         encoder, original, vision, target, trained, parts, readings, alignment, found, verdict, tuple(warnings)

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from . import READ_POINTS, __version__, checkpoint, line, memory, telemetry
+from .checkpoint import CHECKPOINTS
 from .clip import CLIP, TextTower
 from .config import RepairConfig
 from .control import BOX, Control
@@ -49,7 +50,7 @@ from .join import Joined, join, text_tower, unlike
 from .layouts import TowerFile
 from .owner import LOCK, OWNER, own, owner
 from .prompts import prompts
-from .session import BEST, CHECKPOINTS, RESULT, HeldOut, Scene, Session
+from .session import BEST, RESULT, HeldOut, Scene, Session
 from .tokenizer import Tokenize, lengths
 from .trainer import Pairs, begin, precision_of, set_up
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import checkpoint, evidence, memory, telemetry
 from .alarms import Alarms
+from .checkpoint import CHECKPOINTS
 from .clip import CLIP, TextTower, VisionTower, load
 from .compare import moved
 from .config import RepairConfig
@@ -29,7 +30,7 @@ from .history import SNAPSHOT, History
 from .layouts import Source, open_text, write_clip, write_text
 from .layouts.canonical import text_part, vision_part
 from .measure import measure_tower
-from .plots import plot_losses
+from .plots import plot_losses, save
 from .report import write_report
 from .trainer import Pairs, Training, held_out_loss, train
 
@@ -37,7 +38,6 @@ log = logging.getLogger(__name__)
 
 RESULT = "text_encoder.safetensors"
 BEST = "best_text_encoder.safetensors"
-CHECKPOINTS = "checkpoints"
 REMEMBERED = 64_000_000  # bytes of the record that a run which goes on looks at, to know what is usual in it
 
 
@@ -212,7 +212,7 @@ class Session:
         write_json(result, folder / "result.json")
         history = self._history().whole()
         try:
-            plot_losses(history, folder / "loss.png")
+            save(plot_losses(history), folder / "loss.png")
         except Exception as error:
             yield self._without("no_picture", "loss picture", error)
         try:

@@ -32,6 +32,7 @@ from .prompts import prompts
 from .structure import Structure, compare_structure, prompt_vectors
 from .tokenizer import Tokenize
 from .unseen import unseen
+from .verdict import target_of
 
 POINTS = 13
 ENOUGH = 0.95  # of the best gain
@@ -40,8 +41,6 @@ FEW = 50  # pictures below which no interval says how certain recall is: resampl
 WIDE = 0.1  # of the interval of a gain in recall; a larger gain may have an interval as wide as itself
 MOST = 1000  # pictures that recall is measured on
 DRIFT_PROMPTS = 32  # at the full context length, of every kind
-# Target -> where its diffusion model reads the encoder. SDXL's and SD3's clip_g is read at `projected` too.
-TARGETS = {"sdxl": ("penultimate",), "sd1": ("last",), "flux": ("pooled",)}
 
 
 @dataclass(frozen=True)
@@ -120,13 +119,6 @@ class Scan:
             suggested=about | {"along": self.curves[0].along} | asdict(self.suggested),
             warnings=[*self.warnings, *none],
         )
-
-
-def read_points(target: str, member: str | None) -> tuple[str, ...]:
-    """Where the target's diffusion model reads this encoder. Raises InputError for an unknown target."""
-    if target not in TARGETS:
-        raise InputError(f"target {target!r} is not one of {', '.join(TARGETS)}")
-    return (*TARGETS[target], "projected") if (target, member) == ("sdxl", "clip_g") else TARGETS[target]
 
 
 def even(points: int) -> tuple[float, ...]:
@@ -220,7 +212,7 @@ def scan(
     measured; None takes the shipped ones. Raises InputError for encoders that do not belong together and settings that
     cannot be.
     """
-    at = read_points(target, repaired.source.member or broken.source.member)
+    at = target_of(target, repaired.source.member or broken.source.member).read_points
     _check(broken, repaired, original, strengths, along)
     parts = {name: join(file, vision, original) for name, file in (("broken", broken), ("repaired", repaired))}
     base, end = (text_part(joined.state) for joined in parts.values())

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from .errors import InputError
 from .structure import Structure
 
 # ---- thresholds: those of the structure lie between what a repair of the small world leaves and what its ruin does ---
@@ -98,6 +99,16 @@ def targets(member: str | None) -> dict[str, Target]:
     else:
         sdxl = Target("SD2" if member == "clip_h" else "SDXL", ("penultimate",), "sdxl-repair")
     return {"sdxl": sdxl, "sd1": Target("SD1", ("last",), "sd15"), "flux": Target("Flux", ("pooled",), "flux-repair")}
+
+
+TARGETS = tuple(targets(None))
+
+
+def target_of(name: str, member: str | None) -> Target:
+    """One of `targets`. Raises InputError for a name that is not in TARGETS."""
+    if name not in TARGETS:
+        raise InputError(f"target {name!r} is not one of {', '.join(TARGETS)}")
+    return targets(member)[name]
 
 
 # ---- one read point -------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ Everything comes from the run's folder, whichever process trains in it.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import threading
@@ -15,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import telemetry
-from .checkpoint import list_checkpoints
+from .checkpoint import CHECKPOINTS, best_of, list_checkpoints
 from .errors import InputError
+from .files import read_json
 from .history import History
-from .run import CHECKPOINTS, RESULT, Status, status
+from .run import RESULT, Status, status
 
 FOLLOWED = 8  # histories that are kept in memory, a few megabytes each
 NEWEST = 50  # steps that rate and time left are taken from
@@ -113,25 +113,18 @@ def can(now: Status, folder: Path) -> list[str]:
 def checkpoints(folder: Path) -> dict[str, object]:
     """Saved steps, the best one, and whether there is a result."""
     saved = list_checkpoints(folder / CHECKPOINTS)
-    best = None
-    try:
-        best = (_json(folder / "result.json") or (saved[-1].state() if saved else {})).get("best")
-    except (OSError, ValueError, AttributeError):  # it was replaced while it was read, or is damaged
-        pass
-    return {"checkpoints": [one.step for one in saved], "best": best, "result": (folder / RESULT).exists()}
+    return {"checkpoints": [one.step for one in saved], "best": best_of(folder), "result": (folder / RESULT).exists()}
 
 
 def config(folder: Path) -> dict[str, object]:
     """Settings and identity of the inputs, where tensors came from, and what the data set holds."""
-    known = _json(folder / "run.json")
-    known = known if isinstance(known, dict) else {}
+    known = read_json(folder / "run.json")
     inputs = {name: known.get(name) for name in ("text", "vision", "original", "dataset", "gmp_version")}
-    report = _json(folder / "dataset.json")
     return {
         "config": known.get("config", {}),
         "inputs": inputs,
-        "join": {"tensors": _json(folder / "join.json")},
-        "dataset": report or {},
+        "join": {"tensors": read_json(folder / "join.json") or None},
+        "dataset": read_json(folder / "dataset.json"),
     }
 
 
@@ -174,7 +167,7 @@ def _figures(folder: Path, history: History) -> dict[str, object]:
     measure = history.measures[-1] if history.measures else {}
     marks = [mark for mark in history.marks if mark["type"] in ("paused", "resumed", "start", "resume")]
     mark = marks[-1] if marks else {}
-    known = _json(folder / "run.json") or {}
+    known = read_json(folder / "run.json")
     settings = known.get("config", {})
     standing = {alarm["alarm"]: alarm["raised"] for alarm in history.alarms}
     rates = [one["pairs_per_second"] for one in list(history.recent)[-NEWEST:] if one.get("pairs_per_second")]
@@ -213,13 +206,6 @@ def _stamp(folder: Path) -> object:
     except OSError:
         return None
     return state.st_ino, state.st_size, state.st_mtime_ns
-
-
-def _json(path: Path) -> dict[str, object] | list[object] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def find(folder: Path, name: str) -> Path:

@@ -19,7 +19,7 @@ from gmp.cli import main
 from gmp.commands.diagnose import TARGETS as OFFERED
 from gmp.config import Anchor, RepairConfig
 from gmp.data.captions import dataset_key, read_index
-from gmp.diagnose import TARGETS, Pictures, diagnose
+from gmp.diagnose import Pictures, diagnose
 from gmp.diagnosis import Diagnosis, as_document, lines
 from gmp.errors import InputError
 from gmp.evaluate import SCHEMA
@@ -29,7 +29,7 @@ from gmp.layouts import TowerFile, read_text, read_vision
 from gmp.plots.diagnosis import plot_diagnosis
 from gmp.plots.figure import pixels
 from gmp.trained import is_rounding, what_was_trained
-from gmp.verdict import FAR, LEAST_PAIRS, ORDER_LOST, PRESETS, align
+from gmp.verdict import FAR, LEAST_PAIRS, ORDER_LOST, PRESETS, TARGETS, align
 from gmp.world.models import ASSETS, ORIGINAL, RUINED
 from gmp.world.write import write_world
 

@@ -245,9 +245,9 @@ def test_a_run_is_drawn_over_its_steps(tmp_path):
     np.testing.assert_allclose(r.get_ydata()[1:], [1.5, 4.5])
     np.testing.assert_allclose(theta.get_ydata()[1:], [5, 15])
     assert "dotted: the best, step 3" in texts(figure)
-    plot_losses(HISTORY, tmp_path / "loss.png")
+    save(plot_losses(HISTORY), tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
-    plot_losses(HISTORY | {"measures": [], "series": {}}, tmp_path / "empty.png")
+    save(plot_losses(HISTORY | {"measures": [], "series": {}}), tmp_path / "empty.png")
     assert "not measured" in texts(plot_measures(HISTORY | {"measures": [{"step": 0}]}))
 
 

@@ -32,15 +32,14 @@ from gmp.run import describe_run
 from gmp.strength import (
     FEW,
     MOST,
-    TARGETS,
     Point,
     even,
     knee,
-    read_points,
     scan,
     suggest,
 )
 from gmp.structure import Structure, compare_structure, prompt_vectors
+from gmp.verdict import TARGETS, target_of
 from gmp.world.models import ASSETS, ORIGINAL, RUINED
 from tests.small import PICTURES, disturbed, small_clip, tokenize
 
@@ -190,11 +189,12 @@ def test_strengths_lie_evenly_and_hold_the_repair_itself():
 
 
 def test_each_target_has_its_read_points():
-    assert read_points("sdxl", "clip_l") == read_points("sdxl", None) == ("penultimate",)
-    assert read_points("sdxl", "clip_g") == ("penultimate", "projected")
-    assert read_points("sd1", "clip_l") == ("last",) and read_points("flux", "clip_l") == ("pooled",)
+    assert target_of("sdxl", "clip_l").read_points == target_of("sdxl", None).read_points == ("penultimate",)
+    assert target_of("sdxl", "clip_g").read_points == ("penultimate", "projected")
+    assert target_of("sd1", "clip_l").read_points == ("last",)
+    assert target_of("flux", "clip_l").read_points == ("pooled",)
     with pytest.raises(InputError, match="target 'sd9' is not one of sdxl, sd1, flux"):
-        read_points("sd9", None)
+        target_of("sd9", None)
 
 
 # ---- the measurement ------------------------------------------------------------------------------------------------
@@ -402,7 +402,7 @@ def test_the_picture_shows_every_curve_and_the_suggestion(found, inputs, repaire
 
 
 def test_the_commands_know_the_choices_of_the_engine():
-    assert command.WAYS == ALONG and command.TARGETS == tuple(TARGETS)
+    assert command.WAYS == ALONG and command.TARGETS == TARGETS
 
 
 def test_scan_prints_a_table_and_writes_picture_and_document(tmp_path, capsys, monkeypatch):

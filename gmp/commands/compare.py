@@ -11,7 +11,7 @@ from .. import READ_POINTS
 from ..errors import InputError
 from ..events import Event, progress
 from ..terminal import show
-from .towers import check_new, check_place, device, read_pictures
+from .towers import add_pictures, check_new, check_place, device, read_pictures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,13 +43,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help="a prompt a line, or kind, tab, prompt; without: the shipped ones"
     )
-    parser.add_argument("--images", type=Path, metavar="DIR", help="captioned pictures, to draw with their captions")
-    parser.add_argument("--captions", type=Path, metavar="FILE", help="of --images; without: .txt files beside")
-    parser.add_argument("--allow-missing", action="store_true", help="leave out pictures that are named but not there")
+    add_pictures(parser, "captioned pictures, to draw with their captions", required=False)
     parser.add_argument("--vision", type=Path, metavar="FILE", help="vision tower for --images (the original's file)")
     parser.add_argument("--umap", action="store_true", help="UMAP in place of PCA; needs the package umap-learn")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps or auto, the best there is (auto)")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="for picture features (~/.cache/gmp)")
 
 
 def compare(options: argparse.Namespace) -> object:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
+from .towers import add_pictures
 
 if TYPE_CHECKING:
     from ..diagnose import Pictures
@@ -32,16 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="the text encoder that it was trained from; a full CLIP, where pictures are given",
     )
     parser.add_argument("--target", choices=TARGETS, default="sdxl", help="the model that the verdict is for (sdxl)")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder with captioned pictures: measures alignment")
-    parser.add_argument(
-        "--captions",
-        type=Path,
-        metavar="FILE",
-        help='JSON {"sub/01.jpg": ["caption", …]}; without: .txt files beside',
-    )
-    parser.add_argument("--allow-missing", action="store_true", help="leave out pictures that are named but not there")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps or auto, the best there is (auto)")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="for picture features (~/.cache/gmp)")
+    add_pictures(parser, "folder with captioned pictures: measures alignment", required=False)
     parser.add_argument("--out", type=Path, metavar="FILE", help="a picture of it, .png or .svg")
     parser.add_argument("--force", action="store_true", help="replace what exists")
 

@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..events import Event, progress
 from ..terminal import show
 from .files import check_writing
-from .towers import check_new, check_place, device, read_pictures
+from .towers import add_pictures, check_new, check_place, device, read_pictures
 
 if TYPE_CHECKING:
     from ..layouts import TowerFile
@@ -30,11 +30,7 @@ LEGEND = (
 def scan_arguments(parser: argparse.ArgumentParser) -> None:
     _add_ends(parser)
     parser.add_argument("--original", type=Path, required=True, metavar="CLIP", help="the full original CLIP")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="pictures to measure recall on, not trained on")
-    parser.add_argument(
-        "--captions", type=Path, metavar="FILE", help='JSON {"sub/01.jpg": ["caption", …]}; without: .txt files beside'
-    )
-    parser.add_argument("--allow-missing", action="store_true", help="leave out pictures that are named but not there")
+    add_pictures(parser, "pictures to measure recall on, not trained on", required=False)
     parser.add_argument(
         "--target", choices=TARGETS, default="sdxl", help="whose read point counts (sdxl; SD2, SD3 too)"
     )
@@ -44,8 +40,6 @@ def scan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--points", type=int, default=13, help="strengths from 0 to 1.2 (13)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where scan.png and scan.json go")
     parser.add_argument("--force", action="store_true", help="replace what exists")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps or auto, the best there is (auto)")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="for picture features (~/.cache/gmp)")
 
 
 def blend_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +61,7 @@ def _add_ends(parser: argparse.ArgumentParser) -> None:
 
 def scan(options: argparse.Namespace) -> object:
     from ..features import default_cache
+    from ..files import write_json
     from ..layouts import read_lender, read_text, read_vision
     from ..plots.figure import save
     from ..plots.strength import plot_scan
@@ -106,7 +101,7 @@ def scan(options: argparse.Namespace) -> object:
     if written:
         options.out.mkdir(parents=True, exist_ok=True)
         save(plot_scan(found), written[0])
-        written[1].write_text(json.dumps(answer, indent=1, allow_nan=False), encoding="utf-8")
+        write_json(answer, written[1])
         print(f"written: {', '.join(map(str, written))}")
     return answer
 

@@ -72,6 +72,19 @@ def check_place(paths: list[Path]) -> None:
             raise InputError(f"{path} cannot be written: nothing may be made in {there}; choose another place")
 
 
+def add_pictures(
+    parser: argparse.ArgumentParser, images: str = "folder with the captioned pictures", required: bool = True
+) -> None:
+    """The options of `read_pictures`, and those of embedding what it reads. images: the help of --images."""
+    parser.add_argument("--images", type=Path, required=required, metavar="DIR", help=images)
+    parser.add_argument(
+        "--captions", type=Path, metavar="FILE", help='JSON {"sub/01.jpg": ["caption", …]}; without: .txt files beside'
+    )
+    parser.add_argument("--allow-missing", action="store_true", help="leave out pictures that are named but not there")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps or auto, the best there is (auto)")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="for picture features (~/.cache/gmp)")
+
+
 def read_pictures(options: argparse.Namespace) -> Index:
     """The captioned pictures of --images; tells on standard error which are left out, and text files without one."""
     from ..data.captions import read_index

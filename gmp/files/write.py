@@ -123,6 +123,15 @@ def write_json(value: Any, path: str | os.PathLike[str]) -> None:
     write_text(text, path)
 
 
+def read_json(path: Path) -> dict[str, object]:
+    """An object that `write_json` wrote; empty where the file is not there, damaged, or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def write_text(text: str, path: str | os.PathLike[str]) -> None:
     """Write a text as UTF-8, atomically."""
     write_bytes(text.encode(), path)

@@ -47,7 +47,7 @@ def smooth(values: Sequence[float | None], horizon: int) -> list[float]:
     return line
 
 
-def plot_losses(history: History, path: Path) -> None:
+def plot_losses(history: History) -> Figure:
     """Losses over steps, and below, on held-out pairs, recall and the cosine to the original at every read point."""
     figure = new_figure(8, 8)
     upper, middle, lower = figure.subplots(3, 1, sharex=True, height_ratios=[1.3, 1, 1])
@@ -55,7 +55,7 @@ def plot_losses(history: History, path: Path) -> None:
     _lines(middle, history["measures"], RECALLS, "recall on\nheld-out pairs")
     _lines(lower, history["measures"], READERS, "cosine to\nthe original")
     lower.set_xlabel("step")
-    save(figure, path)
+    return figure
 
 
 def plot_measures(history: History, best: int | None = None) -> Figure:

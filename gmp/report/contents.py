@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint import list_checkpoints
+from ..checkpoint import CHECKPOINTS, best_of, list_checkpoints
 from ..evidence import EVIDENCE, THUMBNAILS
+from ..files import read_json
 
 _THUMBNAIL = re.compile(r"[0-9a-f]{16}\.jpg")
 # /home/me/pictures/1.jpg and C:\pictures\1.jpg, in a sentence; not and/or, not https://…
@@ -66,7 +66,7 @@ def read(
         return without_folders(plain(text))
 
     names = ("run.json", "join.json", "dataset.json", "result.json", "command.json", "prompt.json")
-    run, join, dataset, result, command, prompt = (_json(folder / name) for name in names)
+    run, join, dataset, result, command, prompt = (read_json(folder / name) for name in names)
     return Contents(
         folder=folder,
         name=folder.resolve().name,
@@ -77,9 +77,9 @@ def read(
         join=_cleaned(join, clean),
         dataset=_cleaned(dataset, clean),
         result=result,
-        document=_json(folder / EVIDENCE),  # tells files by their names, and pictures by their paths in the data set
-        saved=tuple(one.step for one in list_checkpoints(folder / "checkpoints")),
-        best=_best(folder, result),
+        document=read_json(folder / EVIDENCE),  # tells files by name, and pictures by their paths in the data set
+        saved=tuple(one.step for one in list_checkpoints(folder / CHECKPOINTS)),
+        best=best_of(folder),
         command=command,
         prompt=prompt,
     )
@@ -95,20 +95,6 @@ def _finished(result: Mapping[str, object], history: Mapping[str, object]) -> st
     if result.get("early"):
         words += f", early: no measurement was better for as long as patience allows; {history['steps']} were planned"
     return words
-
-
-def _best(folder: Path, result: Mapping[str, object]) -> dict[str, object] | None:
-    saved = list_checkpoints(folder / "checkpoints")
-    best = result.get("best") if result else _json(saved[-1].path("state.json")).get("best") if saved else None
-    return best if isinstance(best, dict) else None
-
-
-def _json(path: Path) -> dict[str, object]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _cleaned(value: object, clean: Callable[[str], str]) -> object:

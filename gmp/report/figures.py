@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,10 +17,7 @@ def losses(history: History, folder: Path) -> bytes | None:
         return None
     if (folder / "result.json").exists() and (folder / "loss.png").is_file():
         return (folder / "loss.png").read_bytes()
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / "loss.png"
-        plot_losses(history, path)
-        return path.read_bytes()
+    return png(plot_losses(history))
 
 
 def gradients(history: History) -> bytes | None:
