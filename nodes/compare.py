@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from comfy_api.latest import io
@@ -17,7 +16,7 @@ from ..gmp.errors import InputError
 from ..gmp.events import finish
 from ..gmp.layouts import TowerFile
 from ..gmp.pca import check_umap
-from ..gmp.plots import pixels, plot_distributions, plot_layers
+from ..gmp.plots import plot_distributions, plot_layers
 from ..gmp.prompts import prompts as shipped
 from . import host, routes, runs
 from .sockets import (
@@ -29,21 +28,14 @@ from .sockets import (
     RunHandle,
     TextEncoder,
     VisionPart,
+    as_image,
     original_input,
     original_text,
 )
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 WITH_PICTURES = "pictures and captions"
 OVER_STEPS = "recall and drift over steps"
 _last: dict[object, Comparison] = {}  # the newest one, so that another picture of it is drawn at once
-
-
-def _image(figure: Figure) -> torch.Tensor:
-    """ComfyUI's IMAGE: (1, H, W, 3), 0 to 1"""
-    return torch.from_numpy(pixels(figure))[None]
 
 
 class CompareCLIPs(io.ComfyNode):
@@ -135,7 +127,7 @@ class CompareCLIPs(io.ComfyNode):
             figure = over_steps(run.folder, runs.watch.history(run.folder, 0))
         else:
             figure = PICTURES[picture](one, read_point, umap)
-        image = _image(figure)
+        image = as_image(figure)
         lines = one.lines(read_point)
         documents = json.dumps(one.documents(), allow_nan=False)
         return routes.with_text(cls, "\n· ".join(lines), image, "\n".join(lines), documents)
@@ -215,7 +207,7 @@ class InspectGmP(io.ComfyNode):
         ]
         for one in sorted((d for d in drifts.get(name, ()) if d.block is not None), key=lambda d: -d.angle)[:3]:
             lines.append(f"{one.layer}: theta turned by {one.angle:.3g}°, r changed by {one.r:.2%}")
-        return routes.with_text(cls, "\n· ".join(lines), _image(figure), "\n".join(lines))
+        return routes.with_text(cls, "\n· ".join(lines), as_image(figure), "\n".join(lines))
 
 
 def _radii(found: Sequence[Geometry]) -> dict[str, torch.Tensor]:

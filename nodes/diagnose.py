@@ -13,16 +13,8 @@ from ..gmp.diagnosis import as_document, lines
 from ..gmp.events import finish
 from ..gmp.layouts import TowerFile
 from ..gmp.plots.diagnosis import plot_diagnosis
-from ..gmp.plots.figure import pixels
-from ..gmp.verdict import REPAIR_TARGETS
 from . import host, routes
-from .sockets import CATEGORY, Dataset, TextEncoder, VisionPart, VisionTower, original_text
-
-TARGETS = {
-    REPAIR_TARGETS["penultimate"]: "sdxl",
-    REPAIR_TARGETS["pooled"]: "flux",
-    REPAIR_TARGETS["last"]: "sd1",
-}
+from .sockets import CATEGORY, TARGETS, Dataset, TextEncoder, VisionPart, VisionTower, as_image, original_text
 
 
 class Diagnose(io.ComfyNode):
@@ -79,7 +71,7 @@ class Diagnose(io.ComfyNode):
                 device=host.device(),
             )
             found = finish(events, host.Progress().hear)
-            image = torch.from_numpy(pixels(plot_diagnosis(found)))[None]
+            image = as_image(plot_diagnosis(found))
         words = lines(found)
         shown = words[: -len(found.parts)]  # every part is in the picture
         shown.append("part by part: the outputs image and text")

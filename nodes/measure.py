@@ -19,10 +19,9 @@ from ..gmp.events import finish
 from ..gmp.layouts import TowerFile
 from ..gmp.measurement import lines
 from ..gmp.plots.confusion import plot_confusion, plot_no_classes
-from ..gmp.plots.figure import pixels
 from ..gmp.zero_shot import read_templates
 from . import host, routes
-from .sockets import CATEGORY, ClipParts, Dataset, ReassembledCLIP, TextEncoder
+from .sockets import CATEGORY, ClipParts, Dataset, ReassembledCLIP, TextEncoder, as_image
 
 NO_CLASSES = "(none)"
 SHIPPED = "(shipped)"
@@ -166,5 +165,5 @@ class MeasureCLIP(io.ComfyNode):
         rows.sort(key=lambda row: not row.startswith("note: "))  # what forbids a conclusion stands before the numbers
         shown = "\n· ".join([head, *rows])
         figure = plot_confusion(found.zero_shot) if found.zero_shot else plot_no_classes()
-        image = torch.from_numpy(pixels(figure))[None]
+        image = as_image(figure)
         return routes.with_text(cls, shown, "\n".join(told), json.dumps(found.document, allow_nan=False), image)

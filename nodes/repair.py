@@ -14,14 +14,11 @@ from ..gmp.features import content_keys
 from ..gmp.memory import estimate
 from ..gmp.run import Inputs, check_anchors, describe_run, repair, run_id
 from ..gmp.trainer import precision_of
+from ..gmp.verdict import REPAIR_TARGETS
 from . import host, routes, runs
 from .sockets import CATEGORY, ClipParts, Dataset, ReassembledCLIP, Run, RunHandle
 
-TARGETS = {
-    "SDXL, SD2, SD3 (penultimate)": "penultimate",
-    "Flux (pooled)": "pooled",
-    "SD1 (last)": "last",
-}
+TARGETS = {words: point for point, words in REPAIR_TARGETS.items()}
 _last: dict[str, str] = {}  # node id -> the run that it gave last
 _given: dict[str, str] = {}  # node id -> its last fingerprint
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from comfy_api.latest import io
 
-from ..gmp.checkpoint import list_checkpoints
+from ..gmp.checkpoint import CHECKPOINTS, list_checkpoints
 from ..gmp.errors import InputError
 from ..gmp.layouts import TowerFile, read_text
 from ..gmp.run import BEST, RESULT
@@ -20,7 +20,7 @@ _TRIES = 3  # a checkpoint may be cleared away while it is read
 
 def _find(run: RunHandle, which: str, step: int) -> Path | None:
     """The file with the wanted weights, None if there is none yet."""
-    saved = list_checkpoints(run.folder / "checkpoints")
+    saved = list_checkpoints(run.folder / CHECKPOINTS)
     if which == "best":
         path = run.folder / BEST
         return path if path.exists() else None

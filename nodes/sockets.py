@@ -4,19 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from comfy_api.latest import io
 
 from ..gmp.errors import InputError
 from ..gmp.layouts import TowerFile
+from ..gmp.plots.figure import pixels
+from ..gmp.verdict import REPAIR_TARGETS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CATEGORY = "model/text encoder repair"
+# What menus call the diffusion model that reads the encoder -> its name in gmp.verdict.TARGETS
+TARGETS = {
+    REPAIR_TARGETS["penultimate"]: "sdxl",
+    REPAIR_TARGETS["pooled"]: "flux",
+    REPAIR_TARGETS["last"]: "sd1",
+}
 
 TextEncoder = io.Custom("GMP_TEXT_ENCODER")  # gmp.layouts.TowerFile
 VisionTower = io.Custom("GMP_VISION_TOWER")  # VisionPart
 ReassembledCLIP = io.Custom("GMP_CLIP")  # ClipParts
 Dataset = io.Custom("GMP_DATASET")  # gmp.data.captions.Index
 Run = io.Custom("GMP_RUN")  # RunHandle
+
+
+def as_image(figure: Figure) -> torch.Tensor:
+    """A figure as ComfyUI's IMAGE: (1, H, W, 3), 0 to 1"""
+    return torch.from_numpy(pixels(figure))[None]
 
 
 @dataclass(frozen=True)

@@ -12,22 +12,22 @@ from ..gmp.data.captions import Index
 from ..gmp.errors import InputError
 from ..gmp.events import finish
 from ..gmp.layouts import TowerFile
-from ..gmp.plots.figure import pixels
 from ..gmp.plots.strength import plot_scan
 from ..gmp.strength import POINTS, Curve, Point, Scan, even, scan
 from . import host, routes
 from .sockets import (
     CATEGORY,
+    TARGETS,
     ClipParts,
     Dataset,
     ReassembledCLIP,
     TextEncoder,
     VisionPart,
+    as_image,
     original_input,
     original_text,
 )
 
-TARGETS = {"SDXL, SD2, SD3 (penultimate)": "sdxl", "Flux (pooled)": "flux", "SD1 (last)": "sd1"}
 _ALONG = (
     "What moves. weights: every weight in a straight line. r_and_theta: the MLPs' rows by length and direction. "
     "r, theta: only one of the two; strength 1 is then not the repair."
@@ -183,7 +183,7 @@ class StrengthScan(io.ComfyNode):
             suggested = found.suggested.strength
             strength = 1.0 if suggested is None else suggested
             made = blend_encoders(broken, repaired, strength, along)
-        image = torch.from_numpy(pixels(plot_scan(found)))[None]
+        image = as_image(plot_scan(found))
         text = json.dumps(found.as_json(), allow_nan=False)
         return routes.with_text(cls, "\n· ".join(words(found)), made, strength, image, text)
 

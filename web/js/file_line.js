@@ -2,7 +2,7 @@
 // The line on a node that tells what the chosen file is. It is shown only: neither saved nor queued.
 
 import { newest, NOTHING } from "./lookup.js";
-import { after, takePlace } from "./nodes.js";
+import { addBox, after, takePlace } from "./nodes.js";
 
 const HEIGHT = 77; // three lines, and the margin that the classic canvas leaves; longer ones scroll
 
@@ -29,24 +29,7 @@ export function addFileLine(node, page) {
     lookup.want(name, again);
   }
 
-  // At the end of the node: a widget that is not saved would shift the saved values of those behind it.
-  const widget = node.addDOMWidget("gmp_file_line", "gmp_file_line", element, {
-    serialize: false,
-    hideOnZoom: false,
-    getMinHeight: () => HEIGHT,
-    getMaxHeight: () => HEIGHT,
-  });
-  widget.serialize = false;
-  element.addEventListener(
-    "wheel",
-    (event) => {
-      if (element.scrollHeight > element.clientHeight) return event.stopPropagation();
-      event.preventDefault();
-      event.stopPropagation();
-      page.wheel(event);
-    },
-    { passive: false },
-  );
+  addBox(node, "gmp_file_line", element, HEIGHT, page.wheel);
 
   after(menu, "callback", () => look());
   after(node, "onConfigure", () => look());

@@ -20,3 +20,31 @@ export function takePlace(node, element) {
   const there = document.querySelector(`[data-node-id="${node.id}"] .${element.className}`);
   if (there && there !== element) there.replaceWith(element);
 }
+
+/**
+ * Puts an element at the end of a node: elsewhere, a widget that is not saved would shift the saved values of those
+ * behind it. The wheel over it moves the canvas.
+ *
+ * @param {any} node @param {string} name @param {HTMLElement} element @param {number} height in pixels
+ * @param {(event: WheelEvent) => void} wheel
+ */
+export function addBox(node, name, element, height, wheel) {
+  const widget = node.addDOMWidget(name, name, element, {
+    serialize: false,
+    hideOnZoom: false,
+    getMinHeight: () => height,
+    getMaxHeight: () => height,
+  });
+  widget.serialize = false;
+  element.addEventListener(
+    "wheel",
+    (event) => {
+      event.stopPropagation();
+      const { overflowY } = element.style;
+      if (overflowY === "auto" && element.scrollHeight > element.clientHeight) return; // it scrolls itself
+      event.preventDefault();
+      wheel(event);
+    },
+    { passive: false },
+  );
+}

@@ -2,7 +2,7 @@
 // The run on a GmP Repair node, live. It is shown only: neither saved nor queued.
 
 import { attribute, el, icon, write } from "./dom.js";
-import { after, takePlace } from "./nodes.js";
+import { addBox, after, takePlace } from "./nodes.js";
 import { commandButton, progressBar } from "./run_view.js";
 import { ICONS, pace, progress, sentence, state } from "./run_words.js";
 import { smooth } from "./series.js";
@@ -126,20 +126,7 @@ export function addRunWidget(node, page, graph) {
     update();
   }
 
-  // At the end of the node: a widget that is not saved would shift the saved values of those behind it.
-  const widget = node.addDOMWidget("gmp_run", "gmp_run", element, {
-    serialize: false,
-    hideOnZoom: false,
-    getMinHeight: () => HEIGHT,
-    getMaxHeight: () => HEIGHT,
-  });
-  widget.serialize = false;
-  const wheel = (event) => {
-    event.preventDefault();
-    event.stopPropagation();
-    graph.wheel(event);
-  };
-  element.addEventListener("wheel", wheel, { passive: false });
+  addBox(node, "gmp_run", element, HEIGHT, graph.wheel);
 
   let frame = 0;
   const soon = () => {

@@ -2,7 +2,7 @@
 // The button on Strength Scan that sets the suggested strength where the same repaired encoder is used.
 
 import { attribute, el, icon, write } from "./dom.js";
-import { after, takePlace } from "./nodes.js";
+import { addBox, after, takePlace } from "./nodes.js";
 
 const HEIGHT = 52; // one row of buttons, and the margin that the classic canvas leaves
 /** Node with a `strength` -> the input that its repaired encoder comes in by. */
@@ -156,23 +156,7 @@ export function addStrengthButton(node, page) {
     if (!isKnown) page.changed(); // otherwise it is lost when the page is opened anew before the next click
   }
 
-  // At the end of the node: a widget that is not saved would shift the saved values of those behind it.
-  const widget = node.addDOMWidget("gmp_strength", "gmp_strength", element, {
-    serialize: false,
-    hideOnZoom: false,
-    getMinHeight: () => HEIGHT,
-    getMaxHeight: () => HEIGHT,
-  });
-  widget.serialize = false;
-  element.addEventListener(
-    "wheel",
-    (event) => {
-      event.preventDefault();
-      event.stopPropagation();
-      page.wheel(event);
-    },
-    { passive: false },
-  );
+  addBox(node, "gmp_strength", element, HEIGHT, page.wheel);
   after(node, "onExecuted", (output) => find(suggestedIn([output?.text].flat().join("\n"))));
   after(node, "onConfigure", update);
   update();
