@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
-from .files import read_header, read_json, read_tensors, write_json, write_safetensors
+from .files import Header, dtype_and_shape, read_header, read_json, read_tensors, write_json, write_safetensors
+from .optim import set_step
 
 CHECKPOINTS = "checkpoints"  # in a run's folder
 _STATE = re.compile(r"^step_(\d{8})\.state\.json$")
@@ -71,7 +72,7 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint(folder, step)
-    weights = {name: p.detach().cpu() for name, p in _saved(model).items()}
+    weights = {name: parameter.detach() for name, parameter in _saved(model).items()}
     moments, counters = _flatten(optimizer)
     write_safetensors(weights, checkpoint.path("model.safetensors"), metadata | {"step": str(step)})
     write_safetensors(moments, checkpoint.path("optimizer.safetensors"), {"step": str(step)})
@@ -85,24 +86,43 @@ def save(
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
-    """Loads a checkpoint into a model and an optimizer of the same form; returns its JSON state.
+    """Loads a checkpoint into a model and an optimizer of the same form, in place; returns its JSON state.
 
-    Raises InputError when the checkpoint belongs to other parameters.
+    Raises InputError, and changes nothing, when the checkpoint belongs to other parameters or another kind of
+    optimizer.
     """
     state = checkpoint.state()
-    weights = checkpoint.weights()
-    parameters = _saved(model)
-    odd = sorted(set(parameters) ^ set(weights))
-    if odd:
-        raise InputError(
-            f"{checkpoint.path('model.safetensors')} does not fit this run: {odd[:5]} of {len(odd)} tensors"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    header = read_header(checkpoint.path("optimizer.safetensors"))
-    _unflatten(optimizer, read_tensors(header, list(header.tensors)), state["optimizer"])
+    parameters = {name: parameter.detach() for name, parameter in _saved(model).items()}
+    moments, counters = _flatten(optimizer)
+    optimized = _named(optimizer)
+    weights = _fitting(checkpoint.path("model.safetensors"), parameters, "parameters")
+    saved = _fitting(checkpoint.path("optimizer.safetensors"), moments, "optimizer state")
+    if odd := sorted(counters.keys() ^ state["optimizer"].keys()):
+        raise InputError(_misfit(checkpoint.path("state.json"), "step counters", odd))
+    for header, places in ((weights, parameters), (saved, moments)):
+        for name, place in places.items():
+            place.copy_(read_tensors(header, [name])[name])
+    for name, count in state["optimizer"].items():
+        set_step(optimizer.state[optimized[name]], int(count))
     return state
+
+
+def _fitting(path: Path, places: dict[str, Tensor], what: str) -> Header:
+    """A file's header. Raises InputError unless its tensors have the places' names, shapes and dtypes."""
+    header = read_header(path)
+    found = {name: (info.dtype, tuple(info.shape)) for name, info in header.tensors.items()}
+    expected = {name: dtype_and_shape(place) for name, place in places.items()}
+    odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    if odd:
+        raise InputError(_misfit(path, what, odd))
+    return header
+
+
+def _misfit(path: Path, what: str, odd: list[str]) -> str:
+    return (
+        f"{path} does not fit this run: {len(odd)} of its {what} are others or of another kind, such as "
+        f"{', '.join(odd[:5])}; go on with the settings that it was made with, or start anew"
+    )
 
 
 def _saved(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -119,29 +139,20 @@ def _named(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Optimizer state as `name|key` tensors, and the step counters, which torch keeps as scalars of their own."""
+    """Optimizer state as `name|key` tensors, and the step counters, which torch keeps as scalars of their own.
+
+    Quantised state is tensors that consist of tensors (codes, scale, qmap): `name|key|part`. All are the state's own
+    memory, no copies.
+    """
     moments: dict[str, Tensor] = {}
     counters: dict[str, float] = {}
     for name, parameter in _named(optimizer).items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if key == "step":
                 counters[name] = float(value)
+            elif hasattr(value, "__tensor_flatten__"):
+                parts, _ = value.__tensor_flatten__()
+                moments |= {f"{name}|{key}|{part}": getattr(value, part) for part in parts}
             else:
-                moments[f"{name}|{key}"] = value.detach().cpu()
+                moments[f"{name}|{key}"] = value.detach()
     return moments, counters
-
-
-def _unflatten(optimizer: torch.optim.Optimizer, moments: dict[str, Tensor], counters: dict[str, float]) -> None:
-    parameters = _named(optimizer)
-    places = {name: _step_device(optimizer.state.get(parameters[name], {})) for name in counters}
-    optimizer.state.clear()
-    for name, count in counters.items():
-        optimizer.state[parameters[name]]["step"] = torch.tensor(count, device=places[name])
-    for key, tensor in moments.items():
-        name, _, kind = key.partition("|")
-        optimizer.state[parameters[name]][kind] = tensor.to(parameters[name].device)
-
-
-def _step_device(state: dict[str, Tensor]) -> torch.device | None:
-    """Where an optimizer keeps its step counter: fused ones have it beside the parameter, others on the CPU."""
-    return state["step"].device if "step" in state else None

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    if options.json:
+    if options.json and answer is not None:
         print(json.dumps(answer, default=str))
     return options.code
 
@@ -101,7 +101,14 @@ def _parser() -> argparse.ArgumentParser:
         "--captions captions.json --out runs/first",
     )
     _add_towers(one)
-    add_pictures(one)
+    add_pictures(one, required=False)
+    one.add_argument(
+        "--data",
+        nargs="+",
+        metavar="TAR",
+        help="in place of --images: WebDataset tars by path or URL, such as 'shards/{00000..00099}.tar' or s3://…; "
+        "each is read once",
+    )
     _add_settings(one)
 
     _add_runs(add("runs", runs.list_runs, "See, stop and resume runs.", "runs watch first"))
@@ -296,8 +303,8 @@ def _add_writing(parser: argparse.ArgumentParser, dtypes: tuple[str, ...], dtype
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    from .config import BEST_BY, PRECISIONS, TRAIN, RepairConfig
-    from .optim import SCHEDULES
+    from .config import BEST_BY, NEGATIVES, PRECISIONS, TRAIN, RepairConfig
+    from .optim import SCHEDULES, STATES
 
     default = RepairConfig()
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
@@ -336,6 +343,13 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--schedule", choices=SCHEDULES, default=default.schedule, help=f"of the rate ({default.schedule})"
     )
     parser.add_argument(
+        "--negatives",
+        choices=NEGATIVES,
+        default=default.negatives,
+        help="which pictures a caption tells its own from: those of its step (batch, the default), or all training "
+        "pictures, which needs --train text; equal pictures or captions are never each other's negatives",
+    )
+    parser.add_argument(
         "--anchor",
         action="append",
         metavar="[TEACHER:]POINT=WEIGHT",
@@ -344,6 +358,13 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-anchor", action="store_true", help="contrastive loss alone: what SDXL reads stays broken")
     parser.add_argument(
         "--checkpointing", action="store_true", help="less memory, a third slower: compute activations twice"
+    )
+    parser.add_argument(
+        "--optimizer-state",
+        choices=STATES,
+        default=default.optimizer_state,
+        help="of AdamW's two moments: fp32 (default), or rounded: bf16, half of their memory and of their part of a "
+        "checkpoint; 8bit, a quarter, by torchao or bitsandbytes",
     )
     parser.add_argument("--plain", action="store_true", help="train plain weights, no r and theta")
     parser.add_argument(

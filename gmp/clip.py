@@ -6,19 +6,28 @@ state dict, so that `state_dict()` is the canonical form and loading needs no ma
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .architectures import ACTIVATIONS
 
 MAX_LOGIT_SCALE = math.log(100.0)  # OpenAI clamps the temperature here
+# tokens of padding that one stretch of a stream more must save: it costs kernels, which a GPU waits for
+WORTH = {"cpu": 8}
+WORTH_ON_GPU = 1024
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of `precision`, None: that of the weights
+Shapes = Sequence[tuple[int, int]]  # rows × tokens of one stretch of a stream after the other
 
 
 @dataclass(frozen=True)
@@ -75,17 +84,100 @@ class ReadPoints:
     projected: Tensor  # (B, embed_dim) pooled @ text_projection: clip_g in SDXL, and what contrastive training sees
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Captions as one stream of tokens, those of about one length side by side, so that hardly any padding is computed.
+
+    Attention is causal: what follows a caption's end changes nothing before it, and need not be there.
+    """
+
+    ids: Tensor  # (T,)
+    positions: Tensor  # (T,) of each token in its caption
+    shapes: tuple[tuple[int, int], ...]  # captions × tokens of one stretch of the stream after the other
+    ends: Tensor  # (B,) where in the stream caption i ends
+
+    def to(self, device: torch.device) -> Packed:
+        move = functools.partial(Tensor.to, device=device, non_blocking=True)
+        return Packed(move(self.ids), move(self.positions), self.shapes, move(self.ends))
+
+
+def pack(ids: Tensor, end_token: int | None, worth: int) -> Packed:
+    """Captions (B, L) as a stream.
+
+    end_token: as `TextConfig.end_of_text`. worth: tokens of padding that one stretch more must save.
+    """
+    ends = end_of_text(ids, end_token)
+    order = ends.argsort(stable=True)
+    sizes, counts = (ends + 1).unique(return_counts=True)
+    shapes = tuple(_shapes(sizes.tolist(), counts.tolist(), worth))
+    stretches = [ids[rows, :size] for rows, (_, size) in zip(order.split([n for n, _ in shapes]), shapes, strict=True)]
+    positions = [torch.arange(size, device=ids.device).repeat(n) for n, size in shapes]
+    starts = torch.cat([torch.arange(n, device=ids.device) * size for n, size in shapes])
+    before = torch.tensor([0, *itertools.accumulate(n * size for n, size in shapes)][:-1], device=ids.device)
+    starts += before.repeat_interleave(torch.tensor([n for n, _ in shapes], device=ids.device))
+    at = torch.empty_like(ends)
+    at[order] = starts + ends[order]
+    return Packed(torch.cat([stretch.flatten() for stretch in stretches]), torch.cat(positions), shapes, at)
+
+
+def _shapes(sizes: list[int], counts: list[int], worth: int) -> list[tuple[int, int]]:
+    """Which lengths share a stretch, so that tokens and `worth` for each stretch are the fewest: captions × tokens.
+
+    By dynamic programming. sizes: the lengths that occur, ascending; counts: captions of each.
+    """
+    best: list[tuple[int, int]] = [(0, 0)]  # for the first lengths: cost, and where the last stretch begins
+    for end in range(1, len(sizes) + 1):
+        rows, choices = 0, []
+        for start in range(end - 1, -1, -1):
+            rows += counts[start]
+            choices.append((best[start][0] + rows * sizes[end - 1] + worth, start))
+        best.append(min(choices))
+    shapes, end = [], len(sizes)
+    while end:
+        start = best[end][1]
+        shapes.append((sum(counts[start:end]), sizes[end - 1]))
+        end = start
+    return shapes[::-1]
+
+
+class _QuickGELU(torch.autograd.Function):
+    """With u = 1.702 x it is silu(u) / 1.702, and its derivative that of silu at u: only x is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.silu(1.702 * x, inplace=True).div_(1.702)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad, 1.702 * x)
+
+
 class QuickGELU(nn.Module):
     """x · sigmoid(1.702 x), the activation of OpenAI's CLIPs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+        return _QuickGELU.apply(x)
 
 
 def _activation(name: str) -> nn.Module:
     if name not in ACTIVATIONS:
         raise ValueError(f"activation {name!r} is not one of {ACTIVATIONS}")
     return QuickGELU() if name == "quick_gelu" else nn.GELU()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # (..., in) -> (..., out)
+    """A matrix product in x's precision."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+class Linear(nn.Linear):
+    """A Linear that computes in the precision of what it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -98,29 +190,39 @@ class Attention(nn.Module):
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:  # (B, L, W) -> (B, L, W)
-        batch, length, width = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+    def mix(self, x: Tensor, shapes: Shapes, causal: bool) -> Tensor:  # (T, W) -> (T, W)
+        """What every token takes from the others of its row, before `out_proj`."""
+        qkv = linear(x, self.in_proj_weight, self.in_proj_bias)
+        if qkv.device.type == "cpu":
+            qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32))  # its attention in bf16 is seven times slower
+        stretches = qkv.split([rows * length for rows, length in shapes])
+        mixed = [self._mix(part, rows, causal) for part, (rows, _) in zip(stretches, shapes, strict=True)]
+        return (torch.cat(mixed) if len(mixed) > 1 else mixed[0]).to(x.dtype)
+
+    def _mix(self, qkv: Tensor, rows: int, causal: bool) -> Tensor:  # (rows × length, 3 W) -> (rows × length, W)
+        q, k, v = qkv.view(rows, -1, 3, self.heads, qkv.shape[1] // (3 * self.heads)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        return mixed.transpose(1, 2).reshape(len(qkv), -1)
 
 
 class MLP(nn.Module):
     def __init__(self, width: int, mlp_width: int, activation: str):
         super().__init__()
-        self.c_fc = nn.Linear(width, mlp_width)
+        self.c_fc = Linear(width, mlp_width)
         self.activation = _activation(activation)
-        self.c_proj = nn.Linear(mlp_width, width)
+        self.c_proj = Linear(mlp_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(self.activation(self.c_fc(x)))
 
 
 class Block(nn.Module):
-    """Pre-LayerNorm residual attention block."""
+    """Pre-LayerNorm residual attention block.
+
+    The residual stream and LayerNorm are in the stream's own precision; matrix products and attention in `dtype`.
+    """
 
     def __init__(self, width: int, heads: int, mlp_width: int, activation: str):
         super().__init__()
@@ -129,9 +231,15 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width, mlp_width, activation)
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
-        x = x + self.attn(self.ln_1(x), causal)
-        return x + self.mlp(self.ln_2(x))
+    def forward(
+        self, x: Tensor, shapes: Shapes, causal: bool, dtype: torch.dtype, rows: Tensor | None = None
+    ) -> Tensor:  # (T, W) -> (T, W), or (rows, W)
+        """rows: those of the stream that are asked for; nothing else is computed that they do not need."""
+        mixed = self.attn.mix(self.ln_1(x).to(dtype), shapes, causal)
+        if rows is not None:
+            x, mixed = x.index_select(0, rows), mixed.index_select(0, rows)
+        x = x + self.attn.out_proj(mixed)
+        return x + self.mlp(self.ln_2(x).to(dtype))
 
 
 class Transformer(nn.Module):
@@ -140,15 +248,23 @@ class Transformer(nn.Module):
     def __init__(self, config: TextConfig | VisionConfig):
         super().__init__()
         self.checkpointing = False  # see `set_checkpointing`
+        self.dtype: torch.dtype | None = None  # see `precision`
         self.resblocks = nn.ModuleList(
             Block(config.width, config.heads, config.mlp_width, config.activation) for _ in range(config.layers)
         )
 
     def run(self, block: Block, x: Tensor, causal: bool) -> Tensor:  # (B, L, W) -> (B, L, W)
-        """One of the blocks. Nothing in it is random, so that the process's random numbers are neither kept nor set."""
+        """One of the blocks, on rows of one length."""
+        return self.flow(block, x.flatten(0, 1), (x.shape[:2],), causal).view(x.shape)
+
+    def flow(
+        self, block: Block, x: Tensor, shapes: Shapes, causal: bool, rows: Tensor | None = None
+    ) -> Tensor:  # (T, W) -> (T, W), or (rows, W)
+        """One of the blocks, on a stream. Nothing in it is random: the process's random numbers are left alone."""
+        dtype = self.dtype or x.dtype
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, causal, use_reentrant=False, preserve_rng_state=False)
-        return block(x, causal)
+            return checkpoint(block, x, shapes, causal, dtype, rows, use_reentrant=False, preserve_rng_state=False)
+        return block(x, shapes, causal, dtype, rows)
 
 
 def end_of_text(ids: Tensor, token: int | None = None) -> Tensor:
@@ -183,6 +299,21 @@ class TextTower(nn.Module):
         pooled = last[torch.arange(len(ids), device=ids.device), ends]
         return ReadPoints(penultimate, last, pooled, pooled @ self.text_projection)
 
+    def encode_text(self, ids: Tensor) -> Tensor:  # (B, L) -> (B, embed_dim)
+        """The projected read point alone, of captions without their padding: what `forward` gives, in less time.
+
+        Of the last block only the rows at end-of-text are computed. ids are best given on the CPU.
+        """
+        device = self.positional_embedding.device
+        packed = pack(ids, self.text_config.end_of_text, WORTH.get(device.type, WORTH_ON_GPU)).to(device)
+        x = F.embedding(packed.ids, self.token_embedding.weight)
+        x = x + F.embedding(packed.positions, self.positional_embedding)
+        *blocks, last = self.transformer.resblocks
+        for block in blocks:
+            x = self.transformer.flow(block, x, packed.shapes, causal=True)
+        x = self.transformer.flow(last, x, packed.shapes, causal=True, rows=packed.ends)
+        return self.ln_final(x) @ self.text_projection
+
     def penultimate(self, ids: Tensor) -> Tensor:  # (B, L) -> (B, L, W)
         """The penultimate read point alone: the last block and the final LayerNorm are not computed."""
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
@@ -209,12 +340,18 @@ class VisionTower(nn.Module):
         self.proj = nn.Parameter(torch.empty(config.width, config.embed_dim))
 
     def forward(self, pixels: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, embed_dim)
-        patches = self.conv1(pixels).flatten(2).transpose(1, 2)
-        start = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
-        x = self.ln_pre(torch.cat([start, patches], dim=1) + self.positional_embedding)
-        for block in self.transformer.resblocks:
-            x = self.transformer.run(block, x, causal=False)
-        return self.ln_post(x[:, 0]) @ self.proj
+        dtype = self.transformer.dtype or pixels.dtype
+        patches = F.conv2d(pixels.to(dtype), self.conv1.weight.to(dtype), stride=self.conv1.stride)
+        patches = patches.flatten(2).transpose(1, 2)
+        start = self.class_embedding.expand(len(patches), 1, -1)
+        x = self.ln_pre(torch.cat([start, patches.to(start.dtype)], dim=1) + self.positional_embedding)
+        shape, x = x.shape[:2], x.flatten(0, 1)
+        *blocks, last = self.transformer.resblocks
+        for block in blocks:
+            x = self.transformer.flow(block, x, (shape,), causal=False)
+        first = torch.arange(0, len(x), shape[1], device=x.device)  # only the class token's row is read
+        x = self.transformer.flow(last, x, (shape,), causal=False, rows=first)
+        return self.ln_post(x) @ self.proj
 
 
 class CLIP(TextTower):
@@ -296,6 +433,23 @@ def set_checkpointing(clip: nn.Module, on: bool) -> None:
     for module in clip.modules():
         if isinstance(module, Transformer):
             module.checkpointing = on
+
+
+@contextlib.contextmanager
+def precision(dtype: torch.dtype | None, *towers: nn.Module) -> Iterator[None]:
+    """In what precision the blocks compute matrix products and attention meanwhile; None is that of the weights.
+
+    Weights, LayerNorms, the residual stream and what comes out stay in fp32.
+    """
+    stacks = [module for tower in towers for module in tower.modules() if isinstance(module, Transformer)]
+    before = [stack.dtype for stack in stacks]
+    try:
+        for stack in stacks:
+            stack.dtype = dtype
+        yield
+    finally:
+        for stack, previous in zip(stacks, before, strict=True):
+            stack.dtype = previous
 
 
 def block_count(names: Mapping[str, object]) -> int:

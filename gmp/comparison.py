@@ -233,7 +233,7 @@ def _pictures(
     places = torch.linspace(0, len(index) - 1, min(len(index), PAIRS)).long().tolist()
     chosen = replace(index, pictures=tuple(index.pictures[place] for place in places))
     index, features, broken = yield from embed_index(joined.build_vision().to(device), chosen, cache)
-    return features, index, broken
+    return features[:], index, broken
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------

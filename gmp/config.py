@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass, field, fields
 
 from . import READ_POINTS
 from .errors import InputError
-from .optim import SCHEDULES
+from .optim import SCHEDULES, STATES
 
 TRAIN = ("text", "both")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 TEACHERS = ("original", "broken")
+NEGATIVES = ("batch", "all")
 # the trained objective on held-out pairs; recall@1, mean of both directions; cosine to the original at a read point
 BEST_BY = ("objective", "recall", *READ_POINTS)
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class RepairConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     schedule: str = "cosine"
     warmup: float = 0.1  # share of all steps
+    negatives: str = "batch"  # "all": each caption's picture is told apart from all training pictures
     smoothing: float = 0.0  # of labels
     clip_norm: float = 1.0  # of all gradients; 0 is off
     geometric: bool = True  # train r and theta of the MLPs
@@ -66,6 +68,8 @@ class RepairConfig:
     anchor_captions: int = 64  # per step, at the full context length
     # keep only each block's input and compute the rest again in the backward pass: a third slower, a fraction of memory
     checkpointing: bool = False
+    # AdamW's two moments; bf16 and 8bit round them, and take half and a quarter of the memory
+    optimizer_state: str = "fp32"
     precision: str = "auto"  # bf16 where the GPU has it, else fp16; fp32 on the CPU
     held_out: float = 0.05  # share of the pictures that is measured and not trained on
     held_out_most: int = 1000
@@ -117,7 +121,10 @@ def default_lr(text_width: int) -> float:
 
 
 def _problems(config: RepairConfig) -> list[str]:
-    choices = {"train": TRAIN, "schedule": SCHEDULES, "precision": PRECISIONS, "best_by": BEST_BY}
+    choices = {
+        "train": TRAIN, "schedule": SCHEDULES, "precision": PRECISIONS, "best_by": BEST_BY, "negatives": NEGATIVES,
+        "optimizer_state": STATES,
+    }  # fmt: skip
     problems = [
         f"{name} is {getattr(config, name)!r}, not one of {', '.join(allowed)}"
         for name, allowed in choices.items()
@@ -139,6 +146,8 @@ def _problems(config: RepairConfig) -> list[str]:
             f"{name} is {getattr(config, name)}" for name, off in measuring.items() if getattr(config, name) != off
         ]
         problems += [f"{one} and no pictures are held out to measure; raise held_out" for one in asked]
+    if config.negatives == "all" and config.train == "both":
+        problems.append("negatives is all, which needs a locked vision tower: set train to text or negatives to batch")
     if config.lr is not None and not 0 < config.lr < 1:
         problems.append(f"lr is {config.lr}, not between 0 and 1")
     if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):

@@ -65,7 +65,8 @@ def measure_encoders(
     captions = yield from write_world(held_out, HELD_OUT, seed=2, split="held_out")
     index = read_index(held_out, captions)
     joined = join(original, vision, original)
-    index, pictures, _ = yield from embed_index(joined.build_vision().to(device), index, out / "cache")
+    index, features, _ = yield from embed_index(joined.build_vision().to(device), index, out / "cache")
+    pictures = features[:]
     ids = Tokenizer()(index.captions()).ids
     reference = text_tower(original, joined).to(device)
     first = first_captions(index.caption_counts)[:SHOWN]

@@ -317,8 +317,8 @@ def _look(
     keys = yield from index_keys(pictures.index, pictures.cache)
     index, seen = unseen(pictures.index, keys, [encoder])
     device = tower.positional_embedding.device
-    index, features, broken = yield from embed_index(eye.to(device), index, pictures.cache, keys)
-    ids, owners = tokenize(index.captions()).ids, index.owners()
+    index, rows, broken = yield from embed_index(eye.to(device), index, pictures.cache, keys)
+    features, ids, owners = rows[:], tokenize(index.captions()).ids, index.owners()
     found = yield from see(tower, ids, features, owners, device)
     texts = yield from embed_captions(other, ids)
     theirs = summarize((yield from rank_pairs(features, texts, owners, device=device)))

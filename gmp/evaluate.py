@@ -247,7 +247,7 @@ def _embed(
     index, pictures, broken = yield from embed_index(visual, index, cache, keys)
     captions = [index.pictures[i].captions[0] for i in spread(len(index), DRIFT_CAPTIONS).tolist()]
     chosen = tokenize(list(dict.fromkeys(captions))).ids
-    return Captioned(index, broken, pictures, tokenize(index.captions()), chosen)
+    return Captioned(index, broken, pictures[:], tokenize(index.captions()), chosen)
 
 
 def _data(captioned: Captioned) -> dict[str, object]:

@@ -23,7 +23,7 @@ from . import READ_POINTS, __version__
 from .bootstrap import Interval, interval, share_interval
 from .clip import TextTower, VisionTower, end_of_text
 from .data.captions import Index
-from .data.images import load_batches, load_picture
+from .data.images import load_batches, load_picture, normalize
 from .errors import InputError
 from .evaluate import Document, document, named
 from .events import Event, mapped, progress
@@ -268,7 +268,7 @@ def embed(vision: VisionTower, index: Index, stage: str) -> Generator[Event, Non
     device, found, done = vision.proj.device, [], 0
     for pixels in load_batches(index.paths, vision.vision_config.image_size, batch=64):
         with torch.no_grad():
-            found.append(vision(pixels.to(device)).float().cpu())
+            found.append(vision(normalize(pixels.to(device))).float().cpu())
         done += len(pixels)
         yield _progress(stage, done, len(index))
     return torch.cat(found)

@@ -1,7 +1,7 @@
-"""Picture features of a locked vision tower: computed once, kept on disk by content.
+"""Picture features of a locked vision tower: computed once, kept on disk by content, read where they lie.
 
-A cache folder holds one folder per tower and preprocessing, with shards of features and the hashes of the files that
-they belong to. Nothing in it is needed to continue a run: it can be deleted at any time.
+A cache folder holds one folder per tower, precision and preprocessing, with shards of features in fp16 and the hashes
+of the files that they belong to. Nothing in it is needed to continue a run: it can be deleted at any time.
 """
 
 from __future__ import annotations
@@ -14,21 +14,27 @@ import sys
 import uuid
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .clip import VisionTower
+from .clip import DTYPES, VisionTower, precision
 from .data.captions import Index, content_key
-from .data.images import PREPROCESSING, load_batches
+from .data.images import PREPROCESSING, THREADS, load_batches, normalize
 from .errors import InputError
 from .events import Event, progress
-from .files import read_header, read_tensors, write_json, write_safetensors
+from .files import Header, read_header, read_tensors, torch_dtypes, write_json, write_safetensors
 from .layouts.canonical import content_hash
+from .memory import embedding_batch, free, is_out_of_memory, release
 
-SHARD = 2048  # pictures; what an interrupted embedding keeps
+SHARD = 2048  # pictures in a shard at the least: what an interrupted embedding keeps
+GROWTH = 8  # a shard has an eighth of the pictures before it, so that a million are in few files …
+LONGEST = 1 << 15  # … up to this
+BATCH = {"cpu": 64}  # pictures in one pass at the most
+BATCH_ON_GPU = 256
 EVERY = 500  # pictures between two progress events while hashing
 
 
@@ -36,6 +42,115 @@ def default_cache() -> Path:
     """The user's cache folder: `$XDG_CACHE_HOME`, `~/.cache`, or `%LOCALAPPDATA%`."""
     home = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "gmp"
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+class Features:
+    """Features of pictures by position, (n, E): rows of shards, which stay on disk until they are asked for.
+
+    `features[positions]`, for int64 positions (m,) or a slice, gives (m, E) in fp32 on the CPU, in memory of its own.
+    Values are rounded to fp16 whatever a shard holds, so that those just computed are those that are read later.
+    """
+
+    def __init__(self, shards: Sequence[Tensor], rows: Tensor):
+        """shards: (n_i, E) fp16 or fp32, all of one width. rows: (n,) int64, counted through all shards."""
+        self.rows = rows  # equal numbers: the same picture
+        self._shards = [shard for shard in shards if len(shard)]
+        self._ends = torch.tensor([len(shard) for shard in self._shards], dtype=torch.int64).cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), self._shards[0].shape[1] if self._shards else 0
+
+    def __getitem__(self, positions: Tensor | slice) -> Tensor:
+        rows = self.rows[positions]
+        places = torch.searchsorted(self._ends, rows, right=True)  # which shard each row is in
+        order = places.argsort(stable=True)
+        numbers, counts = places[order].unique_consecutive(return_counts=True)
+        found = torch.empty(len(rows), self.shape[1])
+        for number, here in zip(numbers.tolist(), order.split(counts.tolist()), strict=True):
+            shard = self._shards[number]
+            found[here] = shard[rows[here] - (self._ends[number] - len(shard))].half().float()
+        return found
+
+    def pick(self, positions: Tensor | Sequence[int]) -> Features:
+        """These pictures alone; nothing is read."""
+        return Features(self._shards, self.rows[torch.as_tensor(positions, dtype=torch.int64)])
+
+
+def mapped(header: Header, name: str) -> Tensor:
+    """A tensor of a safetensors file, left where it lies: what is used is read then, and is the system's to forget.
+
+    Not to be written to. The file may be deleted meanwhile, but not cut. Raises InputError for a dtype that torch does
+    not have, and OSError.
+    """
+    info = header.tensors[name]
+    dtype = torch_dtypes().get(info.dtype)
+    if dtype is None or info.start % dtype.itemsize:
+        raise InputError(f"{info.file.name}: {name} is {info.dtype} from byte {info.start} on, which cannot be mapped")
+    try:
+        storage = torch.UntypedStorage.from_file(str(info.file), False, info.start + info.bytes)
+    except RuntimeError as error:  # torch has no OSError
+        raise OSError(f"{info.file} cannot be mapped: {error}") from error
+    flat = torch.empty(0, dtype=dtype).set_(storage, info.start // dtype.itemsize, (info.items,), (1,))
+    return flat.view(info.shape)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    features: Tensor  # (n, E)
+    keys: Tensor  # (n, 32) bytes, SHA-256 of the pictures' files
+
+
+def _read_shards(folder: Path) -> list[_Shard]:
+    found = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            header = read_header(path)
+            keys = read_tensors(header, ["keys"])["keys"]
+            shard = _Shard(mapped(header, "features"), keys)
+            if shard.features.dim() != 2 or keys.shape != (len(shard.features), 32) or keys.dtype != torch.uint8:
+                raise InputError(f"{path.name} is no shard of features")
+        except (InputError, KeyError, OSError):  # a torn shard costs its time once more, nothing else
+            with contextlib.suppress(OSError):
+                path.unlink()
+            continue
+        found.append(shard)
+    return found
+
+
+def _locate(shards: Sequence[_Shard], wanted: np.ndarray) -> Tensor:
+    """The row of each key (n, 32), counted through all shards, or -1; of several the first.
+
+    By the first 8 of the 32 bytes, which are sorted, then by the rest: a million keys take half a second.
+    """
+    rows = np.full(len(wanted), -1, dtype=np.int64)
+    if not shards or not len(wanted):
+        return torch.from_numpy(rows)
+    known = np.concatenate([shard.keys.numpy() for shard in shards]).view(np.uint64)  # (m, 4)
+    wanted = wanted.view(np.uint64)
+    heads, asked = known[:, 0], wanted[:, 0]
+    order, pending = heads.argsort(), asked.argsort()  # sorted questions are answered out of the processor's cache
+    heads = heads[order]
+    at = np.searchsorted(heads, asked[pending])
+    while len(pending):
+        open_ = at < len(heads)
+        open_[open_] = heads[at[open_]] == asked[pending[open_]]
+        pending, at = pending[open_], at[open_]
+        row = order[at]
+        same = (known[row] == wanted[pending]).all(axis=1)
+        better = same & ((rows[pending] < 0) | (row < rows[pending]))
+        rows[pending[better]] = row[better]
+        at = at + 1
+    return torch.from_numpy(rows)
+
+
+# ---- keys -----------------------------------------------------------------------------------------------------------
 
 
 def state_key(state: dict[str, Tensor]) -> str:
@@ -74,75 +189,113 @@ def content_keys(root: Path, names: Sequence[str], cache: Path) -> Generator[Eve
     return [digest for _, digest in found]
 
 
-def _folder(cache: Path, tower: VisionTower) -> Path:
-    name = f"{state_key(tower.state_dict())} {asdict(tower.vision_config)} {PREPROCESSING}"
+def _folder(cache: Path, tower: VisionTower, precision: str) -> Path:
+    name = f"{state_key(tower.state_dict())} {asdict(tower.vision_config)} {PREPROCESSING} {precision}"
     return cache / "features" / hashlib.sha256(name.encode()).hexdigest()[:24]
 
 
-def _read_shards(folder: Path) -> dict[str, Tensor]:
-    known: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            header = read_header(path)
-            tensors = read_tensors(header, ["features", "keys"])
-        except (InputError, OSError):  # a torn shard costs its time once more, nothing else
-            path.unlink(missing_ok=True)
-            continue
-        keys = (bytes(row).hex() for row in tensors["keys"].numpy())
-        known.update(zip(keys, tensors["features"], strict=True))
-    return known
+def _digests(keys: Sequence[str]) -> np.ndarray:  # hexadecimal -> (n, 32) bytes
+    return np.frombuffer(bytes.fromhex("".join(keys)), dtype=np.uint8).reshape(-1, 32)
 
 
-def _write_shard(folder: Path, keys: Sequence[str], features: Tensor) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = torch.tensor([list(bytes.fromhex(key)) for key in keys], dtype=torch.uint8)
-    write_safetensors({"features": features, "keys": rows}, folder / f"{uuid.uuid4().hex}.safetensors", {})
+# ---- computing ------------------------------------------------------------------------------------------------------
 
 
-def embed_pictures(
+def embed_files(
     tower: VisionTower,
     root: Path,
     names: Sequence[str],
     keys: Sequence[str],
     cache: Path,
     *,
-    batch: int = 64,
-    threads: int = 4,
-) -> Generator[Event, None, tuple[dict[str, Tensor], dict[str, str]]]:
-    """Features (embed_dim,) in fp32 on the CPU by picture name, and the reason for each picture that does not decode.
+    precision: str | None = None,
+    batch: int | None = None,
+    threads: int = THREADS,
+) -> Generator[Event, None, tuple[Features, dict[str, str]]]:
+    """Features of the pictures that decode, in the order of their names, and the reason for each one that does not.
 
-    `keys` are the pictures' `content_keys`. Only pictures that the cache lacks are opened, each content once. Yields
-    progress events; a consumer that stops listening keeps the shards that were finished.
+    `keys` are the pictures' `content_keys`. Only pictures that the cache lacks are opened, each content once: equal
+    pictures have one row. precision: what the tower computes in, "fp32", "bf16" or "fp16", each of which has a cache of
+    its own; None takes `precision_on` the tower's device.
+    batch: pictures in one pass; None takes `pictures_per_pass`, and in any case it is halved where memory is short.
+    Yields progress events; a consumer that stops listening keeps the shards that were finished.
     """
-    folder = _folder(cache, tower)
-    known = _read_shards(folder)
-    missing = {key: name for name, key in zip(names, keys, strict=True) if key not in known}
-    device = tower.proj.device
-    fresh = list(missing)
-    done = len(names) - len(fresh)
-    broken: dict[Path, str] = {}
+    precision = precision or precision_on(tower.proj.device)
+    folder = _folder(cache, tower, precision)
+    size = batch or pictures_per_pass(tower, precision)
+    shards, wanted = _read_shards(folder), _digests(keys)
+    rows = _locate(shards, wanted)
+    fresh = list({keys[i]: names[i] for i in (rows < 0).nonzero()[:, 0].tolist()}.items())
+    done = start = len(names) - len(fresh)
+    reasons: dict[str, str] = {}  # by key
     yield progress("embed pictures", done, len(names))
-    for start in range(0, len(fresh), SHARD):
-        shard = fresh[start : start + SHARD]
-        paths = [root / missing[key] for key in shard]
-        rows = []
-        for pixels in load_batches(paths, tower.vision_config.image_size, batch, threads, broken):
-            with torch.no_grad():
-                rows.append(tower(pixels.to(device)).float().cpu())
+    taken = 0
+    while taken < len(fresh):
+        chunk = fresh[taken : taken + max(SHARD, min(LONGEST, taken // GROWTH))]
+        taken += len(chunk)
+        paths = [root / name for _, name in chunk]
+        broken: dict[Path, str] = {}
+        parts = []
+        for pixels in load_batches(paths, tower.vision_config.image_size, size, threads, broken):
+            if len(pixels):
+                part, size = embed_pixels(tower, pixels, precision, size)
+                parts.append(part)
             done += len(pixels)
             yield progress("embed pictures", done, len(names))
-        whole = [key for key, path in zip(shard, paths, strict=True) if path not in broken]
+        reasons |= {key: broken[path] for (key, _), path in zip(chunk, paths, strict=True) if path in broken}
+        whole = [key for (key, _), path in zip(chunk, paths, strict=True) if path not in broken]
         if whole:
-            features = torch.cat(rows)
+            shard = _Shard(torch.cat(parts), torch.from_numpy(_digests(whole).copy()))
             try:
-                _write_shard(folder, whole, features)
-            except OSError as error:
+                shard = _write_shard(folder, shard)
+            except (OSError, InputError) as error:  # the latter where someone deletes it at once
                 advice = f"features are not kept: {error}"
                 yield {"type": "alarm", "alarm": "cache", "step": 0, "raised": True, "advice": advice, "value": None}
-            known.update(zip(whole, features, strict=True))
-    found = {name: known[key] for name, key in zip(names, keys, strict=True) if key in known}
-    reasons = {missing[key]: broken[root / missing[key]] for key in fresh if key not in known}
-    return found, {name: reasons[missing[key]] for name, key in zip(names, keys, strict=True) if key not in known}
+            shards.append(shard)
+    rows = _locate(shards, wanted) if done > start else rows
+    reasons = {name: reasons[key] for name, key in zip(names, keys, strict=True) if key in reasons}
+    return Features([shard.features for shard in shards], rows[rows >= 0]), reasons
+
+
+def precision_on(device: torch.device) -> str:
+    """What pictures are embedded in: fp16 on CUDA, several times as fast; features are kept in fp16 anyhow."""
+    return "fp16" if device.type == "cuda" else "fp32"
+
+
+def pictures_per_pass(tower: VisionTower, precision: str) -> int:
+    """As many as suit the device, or fewer, for which its memory suffices now."""
+    device = tower.proj.device
+    most = BATCH.get(device.type, BATCH_ON_GPU)
+    return embedding_batch(tower.vision_config, free(device), precision, device, most)
+
+
+def embed_pixels(tower: VisionTower, pixels: Tensor, compute: str, size: int) -> tuple[Tensor, int]:
+    """Features (B, E) fp16 on the CPU of bytes (B, 3, S, S), and how many pictures one pass has memory for.
+
+    Where `compute` is fp16 and its range did not suffice, pictures are embedded once more in fp32.
+    """
+    device = tower.proj.device
+    while True:
+        try:
+            with torch.no_grad(), precision(DTYPES[compute], tower):
+                parts = [tower(normalize(part.to(device))).half().cpu() for part in pixels.split(size)]
+            features = torch.cat(parts)
+            if compute == "fp16" and not features.isfinite().all():
+                return embed_pixels(tower, pixels, "fp32", size)
+            return features, size
+        except RuntimeError as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+        size = -(-min(size, len(pixels)) // 2)  # out here the failed pass's tensors are let go of
+        release(device)
+
+
+def _write_shard(folder: Path, shard: _Shard) -> _Shard:
+    """Kept on disk, and read from there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{uuid.uuid4().hex}.safetensors"
+    write_safetensors({"features": shard.features, "keys": shard.keys}, path, {})
+    return _Shard(mapped(read_header(path), "features"), shard.keys)
 
 
 def index_keys(index: Index, cache: Path) -> Generator[Event, None, dict[str, str]]:
@@ -152,15 +305,20 @@ def index_keys(index: Index, cache: Path) -> Generator[Event, None, dict[str, st
 
 
 def embed_index(
-    tower: VisionTower, index: Index, cache: Path, keys: Mapping[str, str] | None = None
-) -> Generator[Event, None, tuple[Index, Tensor, dict[str, str]]]:
+    tower: VisionTower,
+    index: Index,
+    cache: Path,
+    keys: Mapping[str, str] | None = None,
+    *,
+    precision: str | None = None,
+) -> Generator[Event, None, tuple[Index, Features, dict[str, str]]]:
     """The pictures that decode, their features (pictures, embed_dim), and the reasons of those that do not.
 
-    keys: `index_keys` of these pictures, and maybe more; None computes them.
+    keys: `index_keys` of these pictures, and maybe more; None computes them. precision: as in `embed_files`.
     """
     if keys is None:
         keys = yield from index_keys(index, cache)
     names = [picture.path for picture in index.pictures]
-    found, broken = yield from embed_pictures(tower, index.root, names, [keys[name] for name in names], cache)
-    index = index.without(broken)
-    return index, torch.stack([found[picture.path] for picture in index.pictures]), broken
+    keyed = [keys[name] for name in names]
+    features, broken = yield from embed_files(tower, index.root, names, keyed, cache, precision=precision)
+    return index.without(broken), features, broken

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .clip import Linear
 
 _MLP = re.compile(r"(^|\.)mlp\.c_(fc|proj)$")
 
@@ -35,6 +39,39 @@ def merge(r: Tensor, theta: Tensor) -> Tensor:
     return (r.double() * F.normalize(theta.double(), dim=1)).to(torch.promote_types(theta.dtype, torch.float32))
 
 
+class _Geometric(torch.autograd.Function):
+    """The product and its gradient without a graph over the weight: neither direction nor weight is kept for later.
+
+    With M = gradᵀ x, what a plain weight's gradient would be, and a = Σ M·theta/‖theta‖ by row: d r = a and
+    d theta = r/‖theta‖ (M - theta · a/‖theta‖), the part of M across theta (arXiv 1602.07868, section 2.1).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, r: Tensor, theta: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, r, theta)
+        return F.linear(x, _weight(r, theta, x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, r, theta = ctx.saved_tensors
+        for_x, for_r, for_theta, for_bias = ctx.needs_input_grad
+        norm = torch.linalg.vector_norm(theta, dim=1, keepdim=True)
+        grad_x = grad @ _weight(r, theta, grad.dtype) if for_x else None
+        grad_r = grad_theta = None
+        if for_r or for_theta:
+            plain = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(theta.dtype)  # (out, in)
+            along = (plain * theta).sum(dim=1, keepdim=True) / norm
+            grad_r = along
+            grad_theta = plain.addcmul_(theta, -along / norm).mul_(r / norm)
+        return grad_x, grad_r, grad_theta, grad.flatten(0, -2).sum(dim=0).to(r.dtype) if for_bias else None
+
+
+def _weight(r: Tensor, theta: Tensor, dtype: torch.dtype) -> Tensor:  # (out, 1), (out, in) -> (out, in)
+    scale = r / torch.linalg.vector_norm(theta, dim=1, keepdim=True)
+    return torch.mul(theta, scale, out=torch.empty_like(theta, dtype=dtype))
+
+
 class GeometricLinear(nn.Module):
     """y = x · (r · theta/‖theta‖)ᵀ + bias, with r (out, 1) and theta (out, in) as parameters."""
 
@@ -51,16 +88,14 @@ class GeometricLinear(nn.Module):
 
     def to_linear(self) -> nn.Linear:
         weight = merge(self.r.detach(), self.theta.detach())
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=self.bias is not None, device="meta")
+        linear = Linear(weight.shape[1], weight.shape[0], bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(weight)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(weight.dtype, copy=True))
         return linear
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        weight = self.theta * (self.r / torch.linalg.vector_norm(self.theta, dim=1, keepdim=True))
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, weight.to(x.dtype), bias)
+        return _Geometric.apply(x, self.r, self.theta, self.bias)
 
     def extra_repr(self) -> str:
         out_features, in_features = self.theta.shape

@@ -7,21 +7,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def info_nce(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, smoothing: float = 0.0) -> Tensor:
+def info_nce(
+    images: Tensor,
+    texts: Tensor,
+    logit_scale: Tensor,
+    smoothing: float = 0.0,
+    same_picture: Tensor | None = None,
+    same_caption: Tensor | None = None,
+) -> Tensor:
     """Symmetric InfoNCE over the pairs of a batch: the loss that CLIP was trained with (arXiv 2103.00020, figure 3).
 
-    image_features, text_features: (B, E), row i of one belongs to row i of the other; any length, normalised here.
-    logit_scale: scalar, the logarithm of the temperature's inverse. smoothing: label smoothing in both directions,
-    1 - smoothing + smoothing/B on the pair, smoothing/B elsewhere (torch.nn.functional.cross_entropy).
+    images, texts: (B, E), row i of one belongs to row i of the other; any length, normalised here, in fp32 or better.
+    logit_scale: scalar, the logarithm of the temperature's inverse. same_picture, same_caption: (B,) group numbers
+    (`alike`); rows of one group are not each other's negatives and are left out of both softmaxes, since they would
+    contradict their own target. smoothing: label smoothing in both directions, 1 - smoothing + smoothing/n on the pair,
+    smoothing/n on the other n - 1 that are not left out (torch.nn.functional.cross_entropy).
+    Holds (B, B) logits: the plain formula, for small batches and as the reference of `contrastive.contrastive`.
     """
-    images = F.normalize(image_features.float(), dim=-1)
-    texts = F.normalize(text_features.float(), dim=-1)
+    keep = torch.promote_types(torch.promote_types(images.dtype, texts.dtype), torch.float32)
+    images, texts = (F.normalize(features.to(keep), dim=-1) for features in (images, texts))
     with torch.autocast(images.device.type, enabled=False):  # logits reach 100: bf16 would round them to halves
-        logits = logit_scale.float().exp() * images @ texts.T  # (B, B) pictures × captions
-    pairs = torch.arange(len(logits), device=logits.device)
-    to_text = F.cross_entropy(logits, pairs, label_smoothing=smoothing)
-    to_image = F.cross_entropy(logits.T, pairs, label_smoothing=smoothing)
-    return (to_text + to_image) / 2
+        logits = logit_scale.to(keep).exp() * images @ texts.T  # (B, B) pictures × captions
+    left_out = torch.zeros_like(logits, dtype=torch.bool)
+    for group in (same_picture, same_caption):
+        if group is not None:
+            group = group.to(logits.device)
+            left_out |= group[:, None] == group
+    left_out.fill_diagonal_(False)
+    logits = logits.masked_fill(left_out, -torch.inf)
+    left = (~left_out).sum(dim=1)  # the same for rows and columns: the relation is symmetric
+    loss = 0.0
+    for dim in (0, 1):
+        likelihood = logits.log_softmax(dim)
+        mean = likelihood.masked_fill(left_out, 0.0).sum(dim) / left
+        loss = loss - ((1 - smoothing) * likelihood.diagonal() + smoothing * mean).mean()
+    return loss / 2
 
 
 def anchor(features: Tensor, target: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from . import READ_POINTS, bootstrap
 from .bootstrap import RESAMPLES, Interval, interval, share_interval
 from .clip import TextTower
 from .events import Event, finish, progress
-from .tokenizer import lengths
 
 RECALLS = (1, 5, 10)
 SUMMARY = (*(f"recall_at_{k}" for k in RECALLS), "mean_rank", "median_rank")
@@ -305,13 +304,12 @@ def changes(
 
 
 def embed_captions(tower: TextTower, ids: Tensor, batch: int = 256) -> Generator[Event, None, Tensor]:
-    """Projected features of captions, cut to each batch's longest one. (N, L) -> (N, E) fp32 on the CPU"""
-    device = tower.positional_embedding.device
+    """Projected features of captions. (N, L) -> (N, E) fp32 on the CPU"""
     features = torch.empty(len(ids), tower.text_projection.shape[1])
     for start in range(0, len(ids), batch):
         chunk = ids[start : start + batch]
         with torch.no_grad():
-            features[start : start + batch] = tower(chunk[:, : lengths(chunk).max()].to(device)).projected.float().cpu()
+            features[start : start + batch] = tower.encode_text(chunk).float().cpu()
         yield progress("embed captions", start + len(chunk), len(ids))
     return features
 

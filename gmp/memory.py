@@ -5,25 +5,29 @@ The estimate follows what torch keeps for the backward pass, operation by operat
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .clip import CLIP, CLIPConfig, TextConfig, VisionConfig
+from .clip import CLIP, WORTH, WORTH_ON_GPU, CLIPConfig, TextConfig, VisionConfig, pack
 from .config import RepairConfig
 from .errors import InputError
 from .geometric import is_mlp, to_geometric
-from .optim import parameter_groups
+from .optim import STATES, moment_bytes, parameter_groups
 
 RESERVE = 0.05  # of what is needed: allocators round up, and their memory falls into pieces
 GB = 2**30  # as drivers count, and the people who sell cards
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 MEASURED = 256  # captions in one pass while measuring (`measure.text_features`)
 COMPARED = 64  # captions at the full context length in one pass (`measure.drift`), and pictures in one pass
+EMBEDDED = 16  # pictures in one pass that a device should have room for; with more room there are more
+SAMPLE = 4096  # captions whose lengths stand for all
+LOSS_BLOCK = 1024  # rows and columns of the logits that are there at once (`contrastive.contrastive`)
 
 _PROCESS = psutil.Process()
 _OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # older torch has only the latter
@@ -41,24 +45,27 @@ _MESSAGES = (
 
 @dataclass(frozen=True)
 class Pass:
-    """Captions or pictures on their way through a tower, `length` tokens each, and back through its last `blocks`."""
+    """Captions or pictures on their way through a tower, and back through its last `blocks`.
+
+    Captions are a stream without most of their padding (`clip.pack`), or rows of one length; pictures always are.
+    """
 
     tower: TextConfig | VisionConfig
     blocks: int
     rows: int
-    length: int
-    precision: str  # fp32, or autocast's: bf16, fp16
+    length: int  # of the longest row
+    precision: str  # fp32, or what the blocks compute in: bf16, fp16
     geometric: bool
     checkpointing: bool
     fused: bool  # attention is one kernel that keeps no matrix of all pairs of tokens
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.length
+    on_cpu: bool  # where attention is computed in fp32
+    ends: bool  # of the last block only one row of each caption or picture is computed
+    tokens: int  # of all rows
+    stretch: int  # tokens that attention takes at once; those of a whole stream fall into several such stretches
 
     @property
     def size(self) -> int:
-        """Bytes of an element where autocast rounds; LayerNorms and the residual stream stay in fp32."""
+        """Bytes of an element in the blocks' precision; LayerNorms and the residual stream stay in fp32."""
         return 4 if self.precision == "fp32" else 2
 
     @property
@@ -68,61 +75,119 @@ class Pass:
 
     @property
     def hidden(self) -> int:
-        """Bytes of the MLP's hidden layer."""
+        """Bytes of the MLP's hidden layer; it is there before and after the activation."""
         return self.size * self.tokens * self.tower.mlp_width
 
     @property
-    def activation(self) -> int:
-        """How often `hidden` is there: gelu's input and output, of quick_gelu the sigmoid too."""
-        return 3 if self.tower.activation == "quick_gelu" else 2
+    def wide(self) -> int:
+        """Bytes of an element in attention."""
+        return 4 if self.on_cpu else self.size
 
     @property
     def matrix(self) -> int:
-        """Bytes of attention's matrix; attention that is not fused computes in fp32, under autocast too."""
+        """Bytes of attention's matrix, which is in fp32 where attention is not fused."""
         return 0 if self.fused else 4 * self.tokens * self.length * self.tower.heads
 
     @property
-    def block(self) -> int:
-        """Bytes that one block keeps for the backward pass, beside rounded weights."""
-        width, mlp_width = self.tower.width, self.tower.mlp_width
-        # both LayerNorms' input, mean and deviation; their output, and attention's
-        size = 2 * self.stream + 16 * self.tokens + 3 * self.size * self.tokens * width
+    def attended(self) -> int:
+        """Bytes that attention keeps: q, k and v; what came out and a sum of each row, or the matrix."""
+        elements = self.tokens * self.tower.width
         if self.fused:
-            size += self.tokens * (3 * self.size * width + 4 * self.tower.heads)  # q, k, v; a sum of each row
-        else:
-            size += 3 * self.stream + self.matrix
-        built = 2 * self.size * width * mlp_width if self.geometric else 0
-        return size + self.activation * self.hidden + built
+            return 4 * self.wide * elements + 4 * self.tokens * self.tower.heads
+        return 3 * self.stream + self.matrix
 
     @property
     def rounded(self) -> int:
-        """Bytes of one block's weights as autocast rounds them, once in a step."""
+        """Bytes of one block's weights as they are rounded; split ones are built anew on the way back."""
         width, mlp_width = self.tower.width, self.tower.mlp_width
         return 0 if self.size == 4 else 2 * (4 * width**2 + (0 if self.geometric else 2 * width * mlp_width))
 
+    @property
+    def block(self) -> int:
+        """Bytes that one block keeps for the backward pass."""
+        copied = not self.fused or self.stretch < self.tokens or self.wide != self.size
+        mixed = self.size * self.tokens * self.tower.width if copied else 0  # what `out_proj` reads
+        return self._before + self.attended + mixed + self._behind(self.tokens)
+
+    @property
+    def last(self) -> int:
+        """Bytes that the last block keeps."""
+        return self._before + self.attended + self._of_ends if self.ends else self.block
+
+    @property
+    def _before(self) -> int:
+        """Bytes that are kept before attention, and rounded weights."""
+        return self.tokens * ((4 + self.size) * self.tower.width + 8) + self.rounded
+
+    def _behind(self, tokens: int) -> int:
+        """Bytes that LayerNorm and MLP behind attention keep of so many tokens."""
+        return tokens * ((4 + self.size) * self.tower.width + 8 + 2 * self.size * self.tower.mlp_width)
+
+    @property
+    def _of_ends(self) -> int:
+        """Bytes that the last block keeps of the rows that it computes to the end: places, `out_proj`, MLP."""
+        return self.rows * (8 + self.size * self.tower.width) + self._behind(self.rows)
+
     def saved(self) -> int:
         """Bytes that the way there keeps for the way back."""
-        ends = self.stream  # what the final LayerNorm reads
+        kept = self.rows * (8 * self.tower.width + 8) if self.ends else self.stream  # of the final LayerNorm
         if isinstance(self.tower, VisionConfig):
-            ends += self.stream + 3 * self.size * self.rows * self.tower.image_size**2  # the first one, and pixels
-        return ends + self.blocks * (self.rounded + (self.stream if self.checkpointing else self.block))
+            kept += self.stream + 3 * self.size * self.rows * self.tower.image_size**2  # the first one, and pixels
+        if not self.blocks:
+            return kept
+        if self.checkpointing:
+            return kept + self.blocks * self.stream
+        return kept + (self.blocks - 1) * self.block + self.last
 
     def again(self) -> int:
         """Bytes of the block that is computed again on the way back, beside its input."""
-        return self.block - self.stream if self.checkpointing and self.blocks else 0
+        if not (self.checkpointing and self.blocks):
+            return 0
+        return (self.block if self.blocks > 1 else self.last) - self.stream
 
     def backward(self) -> int:
-        """Bytes of gradients that come and go on the way back: of activations and, for a moment, of weights."""
-        weight = 4 * self.tower.width * max(self.tower.mlp_width, 3 * self.tower.width)
-        inside = max((self.activation - 1) * self.hidden, 2 * self.matrix)
-        return self.stream + inside + weight * (4 if self.geometric else 1)
+        """Bytes, beside `saved` and `again`, of gradients that come and go, of activations and of weights."""
+        if not self.blocks:
+            return 0
+        width, mlp_width = self.tower.width, self.tower.mlp_width
+        # a weight's gradient, and of GmP its product with theta
+        weight = 4 * width * max(mlp_width * (2 if self.geometric else 1), 3 * width)
+        # the hidden layer's gradient before and after the activation, and of quick_gelu 1.702 x, less what is let go of
+        inner = self.hidden * (2 if self.tower.activation == "quick_gelu" else 1)
+        rounded = (4 - self.size) * self.tokens * width
+        mlp = self.stream + max(inner + rounded, self.hidden + weight)
+        attention = 2 * self.stream + self._of_attention
+        if not self.ends:
+            return max(mlp, attention - self._behind(self.tokens))
+        # the last block has the whole of the others kept beside it, and they have none of it
+        only = self.blocks == 1
+        at_last = attention - self._of_ends + (self.last - self.block if self.checkpointing and not only else 0)
+        done = self.stream if self.checkpointing else self.last
+        before = 0 if only else max(mlp, attention - self._behind(self.tokens)) - done
+        return max(weight, at_last, before)
+
+    @property
+    def _of_attention(self) -> int:
+        """Bytes of gradients of q, k and v: of one stretch apart and put together, of those before together."""
+        whole = self.wide * self.tokens * self.tower.width
+        if self.stretch < self.tokens:
+            return max(3 * whole, 2 * whole + 3 * self.wide * self.stretch * self.tower.width, 2 * self.matrix)
+        return max(3 * whole, 2 * self.matrix)
 
     def forward(self) -> int:
         """Bytes of a pass that keeps nothing."""
-        weight = 4 * self.tower.width * max(self.tower.mlp_width, 3 * self.tower.width)
-        inside = max(self.activation * self.hidden, 3 * self.stream + 2 * self.matrix)
-        pixels = 12 * self.rows * self.tower.image_size**2 if isinstance(self.tower, VisionConfig) else 0
-        return pixels + 4 * self.stream + inside + 2 * weight
+        width, mlp_width = self.tower.width, self.tower.mlp_width
+        built = self.geometric or self.size < 4
+        weight = self.size * width * max(mlp_width, 3 * width) if built else 0
+        rounded = self.size * self.tokens * width
+        held = 0 if self.ends else self.stream  # the penultimate read point
+        if isinstance(self.tower, VisionConfig):
+            held += 12 * self.rows * self.tower.image_size**2 + rounded  # pixels, and patches of them
+        mlp = 2 * rounded + max(2 * self.hidden, self.hidden + weight)
+        attention = rounded + 3 * (self.wide + self.size) * self.tokens * width
+        if not self.fused:
+            attention = rounded + 3 * self.stream + (3 * self.stream + 2 * self.matrix) * self.stretch // self.tokens
+        return held + 2 * self.stream + max(mlp, attention)
 
 
 # ---- what a training needs ------------------------------------------------------------------------------------------
@@ -135,7 +200,7 @@ class Need:
     weights: int  # fp32, of what does not train as well
     gradients: int
     moments: int  # AdamW's two
-    activations: int  # kept for the backward pass, with the weights that are built or rounded for it
+    activations: int  # kept for the backward pass, but for the room that gradients take once they are let go of
     teachers: int  # that anchors and drift are measured from
     other: int  # for a moment only: gradients of activations, logits, measuring, embedding pictures
 
@@ -146,6 +211,21 @@ class Need:
     def sentence(self) -> str:
         """`weights 0.5 GB, gradients 0.5 GB, …`"""
         return ", ".join(f"{part.name} {_gb(getattr(self, part.name))}" for part in fields(self))
+
+
+@dataclass
+class Taken:
+    """What a sitting of a run takes of its device, beside what was estimated; bytes."""
+
+    estimate: int
+    before: int  # that the process took already
+    most: int = 0
+
+    def see(self, used: int) -> None:
+        self.most = max(self.most, used - self.before)
+
+    def as_json(self) -> dict[str, int]:
+        return {"estimate": self.estimate, "measured": self.most}
 
 
 def _gb(size: float) -> str:
@@ -159,8 +239,8 @@ class _Sizes:
     text: int
     vision: int
     teacher: int
-    trained: int
-    largest: int  # of the tensors that train
+    trained: tuple[int, ...]  # of each tensor that trains
+    embedding: int  # of the tokens' embedding, if it trains: its gradient is the last to come
     text_depth: int  # blocks that gradients pass through
     vision_depth: int
 
@@ -178,14 +258,14 @@ def _sizes(config: CLIPConfig, settings: RepairConfig) -> _Sizes:
         groups = parameter_groups(clip, 1.0, settings.rates, 0.0)
     except ValueError as error:
         raise InputError(str(error)) from None
-    trained = [parameter for group in groups for parameter in group["params"]]
-    vision = _count(clip.visual.parameters())
+    trained = tuple(parameter.numel() for group in groups for parameter in group["params"])
+    vision, embedding = _count(clip.visual.parameters()), clip.token_embedding.weight
     return _Sizes(
         text=_count(clip.parameters()) - vision,
         vision=vision,
         teacher=teacher,
-        trained=_count(trained),
-        largest=max((parameter.numel() for parameter in trained), default=0),
+        trained=trained,
+        embedding=embedding.numel() if embedding.requires_grad else 0,
         text_depth=_depth(clip),
         vision_depth=_depth(clip.visual),
     )
@@ -210,16 +290,18 @@ def estimate(
     precision: str,
     device: torch.device = GPU,
     *,
-    caption_tokens: int | None = None,
+    caption_tokens: Tensor | int | None = None,
     original: bool = True,
 ) -> Need:
     """What a repair takes on its device at the most, from embedding the pictures to the last step.
 
-    precision: fp32, bf16 or fp16. caption_tokens: of the longest caption, with start and end of text; None is the
-    context length. original: whether drift from an original is measured. AdamW is taken to be fused on CUDA, where it
-    needs nothing for itself. Raises InputError for rates that match no parameter.
+    precision: fp32, bf16 or fp16. caption_tokens: of every caption, (n,), or of the longest one, with start and end of
+    text; None is the context length. original: whether drift from an original is measured. AdamW in fp32 or bf16 is
+    taken to need nothing for itself on a CPU and on CUDA (`optim.make_optimizer`). Raises InputError for rates that
+    match no parameter.
     """
-    return _estimate(config, settings, precision, device, caption_tokens, original, _sizes(config, settings))
+    sizes = _sizes(config, settings)
+    return _estimate(config, settings, precision, device, _sample(caption_tokens), original, sizes)
 
 
 def _estimate(
@@ -227,81 +309,203 @@ def _estimate(
     settings: RepairConfig,
     precision: str,
     device: torch.device,
-    caption_tokens: int | None,
+    caption_tokens: Tensor | int | None,
     original: bool,
     sizes: _Sizes,
 ) -> Need:
     both, on_cpu = settings.train == "both", device.type == "cpu"
-    length = min(caption_tokens or config.text.context_length, config.text.context_length)
+    context = config.text.context_length
     captions = Pass(
         tower=config.text,
         blocks=sizes.text_depth,
         rows=settings.batch,
-        length=length,
+        length=context,
         precision=precision,
         geometric=settings.geometric,
         checkpointing=settings.checkpointing,
         fused=device.type in ("cpu", "cuda"),
+        on_cpu=on_cpu,
+        ends=True,
+        tokens=settings.batch * context,
+        stretch=settings.batch * context,
     )
-    patches = (config.vision.image_size // config.vision.patch_size) ** 2
-    pictures = replace(captions, tower=config.vision, blocks=sizes.vision_depth, length=1 + patches)
+    captions = _packed(captions, caption_tokens)
+    pictures = _of_pictures(config.vision, settings.batch, precision, device)
+    pictures = replace(
+        pictures, blocks=sizes.vision_depth, geometric=settings.geometric, checkpointing=settings.checkpointing
+    )
 
-    passes = [_contrastive(settings, captions, pictures if both else None, on_cpu)]
-    if settings.anchors:
-        passes.append(_anchors(settings, captions))
-    peaks = [peak for _, peak in passes]
-    wide = replace(pictures, rows=COMPARED, precision="fp32").forward()  # measuring and embedding know no autocast
-    peaks += [_measuring(captions), wide if both else 0]
-    peaks.append(12 * sizes.largest)  # how far the largest tensor has moved
-    if device.type != "cuda":  # weights as they were before the step, and AdamW's own while it steps
-        peaks.append(4 * sizes.trained + 8 * sizes.largest)
     teachers = {anchor.teacher for anchor in settings.anchors} | ({"original"} if original else set())
     need = Need(
         weights=4 * (sizes.text + (sizes.vision if both or on_cpu else 0)),
-        gradients=4 * sizes.trained,
-        moments=8 * sizes.trained,
-        activations=max(kept for kept, _ in passes),
+        gradients=4 * sum(sizes.trained),
+        moments=sum(moment_bytes(elements, settings.optimizer_state) for elements in sizes.trained),
+        activations=0,
         teachers=4 * len(teachers) * sizes.teacher,
         other=0,
     )
+    passes = [_contrastive(settings, captions, pictures if both else None, need.gradients, sizes)]
+    if settings.anchors:
+        passes.append(_anchors(settings, captions, sizes))
+    activations = max(kept for kept, _ in passes)
+    peaks = [peak for _, peak in passes]
+    peaks.append(_measuring(captions))
+    peaks += [_of_pictures(config.vision, COMPARED, "fp32", device).forward()] if both else []
+    largest = max(sizes.trained, default=0)
+    peaks.append(12 * largest)  # how far the largest tensor has moved
+    if device.type != "cuda":  # weights as they were before the step; where there is no room for them they are left out
+        peaks.append(4 * sum(sizes.trained))
+    peaks.append(_stepping(settings, largest, on_cpu))
     if not both:  # the vision tower is on the device until all pictures are embedded, gradients and teachers are later
-        peaks.append(wide + (0 if on_cpu else 4 * sizes.vision) - need.gradients - need.teachers)
-    return replace(need, other=max(peaks) - need.activations)
+        embedding = _of_pictures(config.vision, EMBEDDED, "fp32", device).forward()
+        peaks.append(embedding + (0 if on_cpu else 4 * sizes.vision) - need.gradients - need.teachers)
+    return replace(need, activations=activations, other=max(0, max(peaks) - activations))
 
 
-def _contrastive(settings: RepairConfig, captions: Pass, pictures: Pass | None, on_cpu: bool) -> tuple[int, int]:
-    """Bytes kept for the backward pass, and bytes in all at the most."""
-    pairs = settings.step_pairs
-    # logits, softmax in both directions, a gradient; features as they are and of unit length, and their gradients
-    loss = 4 * pairs * (4 * pairs + 6 * captions.tower.embed_dim)
+def _sample(caption_tokens: Tensor | int | None) -> Tensor | int | None:
+    """The lengths of many captions as those of a few thousand, ascending, with the longest one."""
+    if not isinstance(caption_tokens, Tensor):
+        return caption_tokens
+    ordered = caption_tokens.sort().values
+    count = min(len(ordered), SAMPLE)
+    return ordered[torch.arange(count) * (len(ordered) - 1) // max(1, count - 1)]
+
+
+def _packed(captions: Pass, caption_tokens: Tensor | int | None) -> Pass:
+    """Captions as a stream: as many as `rows`, as long as those that are known, and a little longer.
+
+    The sum of n lengths drawn from them is n times their mean, give or take √n deviations; three of those are added.
+    """
+    context, worth = captions.tower.context_length, WORTH["cpu"] if captions.on_cpu else WORTH_ON_GPU
+    if not isinstance(caption_tokens, Tensor):
+        length = min(caption_tokens or context, context)
+        return replace(captions, length=length, tokens=captions.rows * length, stretch=captions.rows * length)
+    known = caption_tokens.clamp(max=context)  # ascending
+    drawn = known[(torch.arange(captions.rows) + 0.5).mul(len(known) / captions.rows).long().clamp(max=len(known) - 1)]
+    longest = int(known[-1])
+    ids = torch.zeros(captions.rows, longest, dtype=torch.uint8)
+    ids[torch.arange(captions.rows), drawn - 1] = 1
+    shapes = pack(ids, 1, worth).shapes
+    sizes = [rows * length for rows, length in shapes]
+    margin = 1 + 3 * known.double().std(correction=0).item() * captions.rows**0.5 / sum(sizes)
+    most = captions.rows * longest
+    return replace(
+        captions,
+        length=longest,
+        tokens=min(round(margin * sum(sizes)), most),
+        stretch=min(round(margin * max(sizes)), most),
+    )
+
+
+def _of_pictures(tower: VisionConfig, rows: int, precision: str, device: torch.device) -> Pass:
+    """Pictures through a tower that nothing is kept of."""
+    length = 1 + (tower.image_size // tower.patch_size) ** 2
+    return Pass(
+        tower=tower,
+        blocks=0,
+        rows=rows,
+        length=length,
+        precision=precision,
+        geometric=False,
+        checkpointing=False,
+        fused=device.type in ("cpu", "cuda"),
+        on_cpu=device.type == "cpu",
+        ends=True,
+        tokens=rows * length,
+        stretch=rows * length,
+    )
+
+
+def embedding_batch(tower: VisionConfig, free: int | None, precision: str, device: torch.device, most: int) -> int:
+    """Pictures in one pass without gradients for which `free` bytes, beside the tower's weights, suffice: 1 … most.
+
+    free: None is unknown, and `most` is taken. 1 also where even that does not fit: it is found out by trying.
+    """
+    if free is None:
+        return most
+
+    def needed(rows: int) -> float:
+        return _of_pictures(tower, rows, precision, device).forward() * (1 + RESERVE)
+
+    return max(1, bisect.bisect_right(range(1, most + 1), free, key=needed))
+
+
+def _contrastive(
+    settings: RepairConfig, captions: Pass, pictures: Pass | None, gradients: int, sizes: _Sizes
+) -> tuple[int, int]:
+    """Bytes kept for the backward pass, and bytes in all at the most, both beside the gradients."""
+    pairs, width = settings.step_pairs, captions.tower.embed_dim
+    loss = _loss(settings, width)
+    ahead = 0
+    if pictures and captions.on_cpu:  # the next pictures are decoded meanwhile
+        ahead = 3 * settings.batch * pictures.tower.image_size**2
     passes = [captions, pictures] if pictures else [captions]
-    if settings.accumulate > 1:  # one pass after the other, the loss between them
+    if settings.accumulate > 1:  # one pass after the other, the loss before; gradients of the first are there then
         kept = max(one.saved() + one.again() for one in passes)
-        peak = max(loss, *(max(one.saved() + one.again() + one.backward(), one.forward()) for one in passes))
-    else:
-        saved = sum(one.saved() for one in passes)
-        kept = saved + max(one.again() for one in passes)
-        peak = saved + max(loss, *(max(one.again() + one.backward(), one.forward() - one.saved()) for one in passes))
-    if pictures and on_cpu:  # the next pictures are decoded meanwhile
-        peak += 12 * settings.batch * pictures.tower.image_size**2
-    return kept, peak
+        peak = max(one.saved() + one.again() + one.backward() for one in passes)
+        leaves = 4 * pairs * 3 * width
+        before = loss - gradients, max(one.forward() for one in passes) + leaves - gradients
+        return kept, ahead + max(peak + leaves, 4 * sizes.embedding, *before)
+    saved = sum(one.saved() for one in passes)
+    kept = saved + max(one.again() for one in passes)
+    # gradients come as activations go: all that is kept and none of them, or all of them and one block, is the most
+    first = sum(4 * (one.tower.width * (4 * one.tower.width + 2 * one.tower.mlp_width)) for one in passes if one.blocks)
+    start = max(loss + saved, *(saved + one.again() + one.backward() for one in passes)) + min(first, gradients)
+    there = saved + max(one.forward() - one.saved() for one in passes)
+    end = max((one.block + one.backward() for one in passes if one.blocks), default=0) - 4 * sizes.embedding
+    return max(0, kept - gradients), ahead + max(max(start, there) - gradients, end)
 
 
-def _anchors(settings: RepairConfig, captions: Pass) -> tuple[int, int]:
-    """Bytes kept for the backward pass, and bytes in all at the most; captions have the full context length here."""
+def _loss(settings: RepairConfig, width: int) -> int:
+    """Bytes of `contrastive.contrastive`: features as they are and of unit length, gradients, and blocks of logits."""
+    pairs = settings.step_pairs
+    side = min(pairs, LOSS_BLOCK)
+    blocks = (2 if pairs <= LOSS_BLOCK else 3) + (1.25 if settings.smoothing else 0)
+    size = 4 * pairs * 7 * width + 4 * blocks * side**2
+    if settings.negatives == "all":  # blocks of the pictures' features, and of the logits for them
+        size += 4 * LOSS_BLOCK * (4 * width + 2 * side)
+    return round(size)
+
+
+def _anchors(settings: RepairConfig, captions: Pass, sizes: _Sizes) -> tuple[int, int]:
+    """Bytes kept for the backward pass, and bytes in all at the most, both beside the gradients.
+
+    Captions have the full context length here.
+    """
     points = {anchor.read_point for anchor in settings.anchors}
     rows = min(settings.batch, settings.anchor_captions)
     blocks = max(0, captions.blocks - 1) if points == {"penultimate"} else captions.blocks
-    one = replace(captions, rows=rows, length=captions.tower.context_length, blocks=blocks)
+    one = _full(captions, rows, blocks)
     saved = one.saved() + len(settings.anchors) * 3 * one.stream  # the tower's rows, the teacher's, their difference
-    return saved + one.again(), saved + max(one.again() + one.backward(), one.forward())  # forward: of the teacher
+    peak = saved + max(one.again() + one.backward(), one.forward())  # forward: of the teacher
+    return saved + one.again(), max(peak, 4 * sizes.embedding)
+
+
+def _full(captions: Pass, rows: int, blocks: int) -> Pass:
+    """Captions at the full context length, every row of theirs computed."""
+    length = captions.tower.context_length
+    tokens = rows * length
+    return replace(captions, rows=rows, blocks=blocks, length=length, tokens=tokens, stretch=tokens, ends=False)
 
 
 def _measuring(captions: Pass) -> int:
     """Bytes of passes that measure, at the most."""
-    short = replace(captions, rows=MEASURED, precision="fp32")
-    full = replace(short, rows=COMPARED, length=captions.tower.context_length)
+    full = _full(replace(captions, precision="fp32"), COMPARED, captions.blocks)
+    short = replace(
+        full,
+        rows=MEASURED,
+        length=captions.length,
+        tokens=MEASURED * captions.length,
+        stretch=MEASURED * captions.length,
+    )
     return max(short.forward(), full.forward() + 4 * full.stream)  # two read points of two towers
+
+
+def _stepping(settings: RepairConfig, largest: int, on_cpu: bool) -> int:
+    """Bytes that AdamW takes for itself while it steps: of bf16 a block in fp32 and its noise, of 8 bits a tensor."""
+    if settings.optimizer_state == "bf16":
+        return 32 * min(largest, 1 << 18 if on_cpu else 1 << 22)
+    return 12 * largest if settings.optimizer_state == "8bit" else 0
 
 
 def check(
@@ -311,17 +515,18 @@ def check(
     device: torch.device,
     free: int | None,
     *,
-    caption_tokens: int | None = None,
+    caption_tokens: Tensor | int | None = None,
     original: bool = True,
 ) -> Need:
     """What `estimate` says, if that fits into `free` bytes with some reserve, or if `free` is not known.
 
-    Raises InputError where it does not fit: what takes how much, and what fits and trains the same.
+    Raises InputError where it does not fit: what takes how much, and what fits: in smaller pieces and with
+    checkpointing, which give the same result, and with fewer bits for the moments, which does not to the last digit.
     """
-    sizes = _sizes(config, settings)
+    sizes, known = _sizes(config, settings), _sample(caption_tokens)
 
     def need_of(changed: RepairConfig, place: torch.device = device) -> Need:
-        return _estimate(config, changed, precision, place, caption_tokens, original, sizes)
+        return _estimate(config, changed, precision, place, known, original, sizes)
 
     need = need_of(settings)
     if free is None or _with_reserve(need) <= free:
@@ -330,15 +535,22 @@ def check(
         f"Training does not fit on {device}: it needs {_gb(_with_reserve(need))}, reserve included, and {_gb(free)} "
         f"are free ({need.sentence()})"
     )
-    fitting = []
-    for checkpointing in sorted({settings.checkpointing, True}):
-        for smaller in _pieces(replace(settings, checkpointing=checkpointing)):
-            if _with_reserve(need_of(smaller)) <= free:
-                fitting.append(f"{_told(smaller)} ({_gb(_with_reserve(need_of(smaller)))})")
-                break
-    if fitting:
-        raise InputError(f"{problem}. What fits, with the same steps and the same result: {', or '.join(fitting)}.")
-    smallest = list(_pieces(replace(settings, checkpointing=True)))[-1]
+    ways, largest = [], {False: 1, True: 1}  # by checkpointing: the largest batch so far
+    for state in STATES[STATES.index(settings.optimizer_state) :]:
+        fitting = []
+        for checkpointing in sorted({settings.checkpointing, True}):
+            changed = replace(settings, optimizer_state=state, checkpointing=checkpointing)
+            found = next((one for one in _pieces(changed) if _with_reserve(need_of(one)) <= free), None)
+            if found and found.batch > (max(largest.values()) if checkpointing else largest[False]):
+                fitting.append(f"{_told(found)} ({_gb(_with_reserve(need_of(found)))})")
+                largest[checkpointing] = found.batch
+        if fitting and state == settings.optimizer_state:
+            ways.append(f"What fits, with the same steps and the same result: {', or '.join(fitting)}.")
+        elif fitting:
+            ways.append(f"With optimizer state {state}, which rounds its moments: {', or '.join(fitting)}.")
+    if ways:
+        raise InputError(f"{problem}. {' '.join(ways)}")
+    smallest = list(_pieces(replace(settings, checkpointing=True, optimizer_state=STATES[-1])))[-1]
     raise InputError(
         f"{problem}. {_too_large(smallest, need_of(smallest), need_of(smallest, CPU), sizes, device, free)}"
     )
@@ -366,7 +578,7 @@ def _too_large(
 ) -> str:
     """What to do where no batch fits. need, on_cpu: of the smallest pieces, on the device and on the CPU."""
     fixed = need.weights + need.gradients + need.moments
-    told = f"batch {smallest.batch} with checkpointing"
+    told = f"batch {smallest.batch} with checkpointing and optimizer state {smallest.optimizer_state}"
     ways = [f"take a device with {_gb(_with_reserve(need))} free"]
     on_host = free(CPU)
     if device.type != "cpu" and on_host is not None and _with_reserve(on_cpu) <= on_host:

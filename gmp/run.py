@@ -31,28 +31,36 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from . import READ_POINTS, __version__, checkpoint, line, memory, telemetry
 from .checkpoint import CHECKPOINTS
 from .clip import CLIP, TextTower
 from .config import RepairConfig
 from .control import BOX, Control
-from .data.captions import Index, check_pictures, dataset_key, held_out_count, split
-from .data.images import PicturesAhead
+from .distributed import ALONE, Group
 from .errors import InputError
-from .events import Event, Result
+from .events import Event, Result, finish
 from .evidence import EVIDENCE, THUMBNAILS
-from .features import content_keys, embed_pictures
 from .files import write_json
+from .followers import follow, listen
 from .history import SNAPSHOT
 from .join import Joined, join, text_tower, unlike
 from .layouts import TowerFile
 from .owner import LOCK, OWNER, own, owner
 from .prompts import prompts
-from .session import BEST, RESULT, HeldOut, Scene, Session
-from .tokenizer import Tokenize, lengths
-from .trainer import Pairs, begin, precision_of, set_up
+from .session import BEST, RESULT, Scene, Session
+from .sharding import shard
+from .trainer import begin, precision_of, set_up
+from .training_data import (
+    Inputs,
+    caption_tokens,
+    check_source,
+    dataset_identity,
+    embed_piece,
+    embed_together,
+    picture_keys,
+    training_data,
+)
 
 FAILURE = "failure.txt"
 TURN = 0.25  # seconds between two looks of a run that waits for its turn
@@ -63,17 +71,6 @@ FILES = (
     *("prompt.json", "command.json", telemetry.EVENTS, SNAPSHOT, RESULT, BEST, FAILURE, OWNER, EVIDENCE),
 )
 _TRAINING = ("start", "resume", "step", "measure", "checkpoint", "resumed", "alarm", "out_of_memory")
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a repair starts from. `original` is the text tower of the vision tower's CLIP, where the file has one."""
-
-    text: TowerFile
-    vision: TowerFile
-    original: TowerFile | None
-    index: Index
-    tokenize: Tokenize
 
 
 @dataclass(frozen=True)
@@ -163,12 +160,8 @@ def describe_run(inputs: Inputs, keys: list[str], config: RepairConfig) -> dict[
         "text": _identity(inputs.text),
         "vision": _identity(inputs.vision),
         "original": inputs.original and _identity(inputs.original),
-        "dataset": dataset_key(inputs.index, _by_path(inputs.index, keys)),
+        "dataset": dataset_identity(inputs.index, keys),
     }
-
-
-def _by_path(index: Index, keys: list[str]) -> dict[str, str]:
-    return dict(zip((picture.path for picture in index.pictures), keys, strict=True))
 
 
 def _identity(file: TowerFile) -> dict[str, object]:
@@ -231,16 +224,27 @@ def repair(
     stop: Callable[[], bool] = lambda: False,
     busy: Callable[[], bool] = lambda: False,
     make_room: Callable[[int], None] = lambda needed: None,
+    group: Group = ALONE,
 ) -> Iterator[Event]:
     """Runs or resumes a repair in `folder`; the last event is `done`, `stopped` or `discarded`.
 
     stop: whether this process wants it to stop. busy: whether the device is wanted for something else, which the run
     then waits for. make_room: asks for so many free bytes on the device. What others want comes by `control.send`.
+    group: the processes that share every step; all call this alike, with a folder and a cache that all of them see. The
+    first one owns the folder; of the others only steps are heard, and what they are asked for counts for nothing.
 
     Everything that can be known before training is checked first. A stopped run has saved its step. Raises InputError
     for inputs that do not work, for a folder of another run, when another process is at work in the folder, and when
     memory does not suffice.
     """
+    if config.step_pairs < group.size:
+        raise InputError(
+            f"a step of {config.step_pairs} pairs cannot be shared by {group.size} processes; start fewer, or make the "
+            "batch larger"
+        )
+    if group.rank:
+        yield from _beside(inputs, config, folder, cache, device, group)
+        return
     _check_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ended = None
@@ -248,7 +252,7 @@ def repair(
     with own(folder, place):
         control = Control(folder, stop, busy)
         try:
-            for event in _repair(inputs, config, folder, cache, device, control, make_room):
+            for event in _repair(inputs, config, folder, cache, device, control, make_room, group):
                 event["t"] = round(time.time(), 3)
                 again = event["type"] == "progress" or event.get("resumed")  # nothing happened
                 if not again and (folder / "run.json").exists():
@@ -262,6 +266,7 @@ def repair(
             shutil.rmtree(folder / BOX, ignore_errors=True)
     if ended == "discarded":
         _clear_away(folder)
+    group.broadcast_json({"do": "end"})
 
 
 def _note_failure(folder: Path, error: Exception) -> None:
@@ -283,9 +288,9 @@ def _repair(
     device: torch.device,
     control: Control,
     make_room: Callable[[int], None],
+    group: Group,
 ) -> Iterator[Event]:
-    names = [picture.path for picture in inputs.index.pictures]
-    keys = yield from _interruptible(content_keys(inputs.index.root, names, cache), control, folder)
+    keys = yield from _interruptible(picture_keys(inputs.index, cache), control, folder)
     if keys is None:
         return
     description = describe_run(inputs, keys, config)
@@ -294,7 +299,7 @@ def _repair(
         yield {"type": "done", "step": saved_step(folder), "resumed": True}
         return
     (folder / FAILURE).unlink(missing_ok=True)
-    _check_size(len(names), config)
+    check_source(inputs.index, config)
     check_anchors(inputs.text, inputs.vision, inputs.original, config)
     precision = precision_of(config.precision, device)
     joined = join(inputs.text, inputs.vision, inputs.original)
@@ -304,7 +309,9 @@ def _repair(
         write_json(description | {"gmp_version": __version__}, folder / "run.json")
     with line.Place(line.device_name(device), folder) as place:
         if (yield from _wait(place, control, folder)):
-            yield from _trained(inputs, joined, keys, config, precision, folder, cache, device, control, make_room)
+            yield from _trained(
+                inputs, joined, keys, config, precision, folder, cache, device, control, make_room, group
+            )
 
 
 def _wait(place: line.Place, control: Control, folder: Path) -> Generator[Event, None, bool]:
@@ -357,21 +364,30 @@ def _trained(
     device: torch.device,
     control: Control,
     make_room: Callable[[int], None],
+    group: Group,
 ) -> Iterator[Event]:
     """A run whose turn it is: from the joined CLIP to the result."""
-    _check_memory(inputs, joined, config, precision, device, make_room)
+    before = memory.used(device)
+    need = _check_memory(inputs, joined, config, precision, device, make_room)
     clip = joined.build().to(device)
     optimizer = set_up(clip, config, device)
+    shard(optimizer, group)
     write_json(joined.as_json(), folder / "join.json")
     difference = inputs.original and unlike(inputs.text, inputs.original)
     notes = [f"drift is not measured: {difference}"] if difference else []
     yield {"type": "join", "tensors": joined.summary(), "assumptions": joined.assumptions, "notes": notes}
 
-    data = yield from _interruptible(_data(inputs, clip, keys, config, cache), control, folder)
+    if group.size > 1:
+        group.broadcast_json({"do": "prepare"})
+        group.same(describe_run(inputs, keys, config))
+        if not (yield from _interruptible(embed_together(inputs, clip, keys, config, cache, group), control, folder)):
+            return
+    data = yield from _interruptible(training_data(inputs, clip, keys, config, cache), control, folder)
     if data is None:
         return
     write_json(data.report, folder / "dataset.json")
     yield {"type": "dataset"} | data.report
+    group.broadcast_json({"do": "read"})
 
     if config.train == "text":
         clip.visual.cpu()  # its work is done
@@ -379,12 +395,46 @@ def _trained(
     reference = teachers.get("original")
     if inputs.original and not difference and not reference:
         reference = text_tower(inputs.original, joined).to(device)
-    training = begin(clip, optimizer, data.pairs.counts, config, device)
+    training = begin(clip, optimizer, data.pairs.counts, config, device, data.sampler)
     texts = inputs.tokenize([prompt.text for prompt in prompts()]).ids
     files = _metadata(folder, joined)
     scene = Scene(data.pairs, data.held, teachers, reference, joined.state, files, texts, joined.sources)
     try:
-        yield from Session(training, scene, config, folder, device, precision, control).events()
+        group.barrier()
+        taken = memory.Taken(need.total, before)
+        yield from Session(training, scene, config, folder, device, precision, control, taken, group).events()
+    finally:
+        if data.pairs.pixels:
+            data.pairs.pixels.close()
+
+
+def _beside(
+    inputs: Inputs, config: RepairConfig, folder: Path, cache: Path, device: torch.device, group: Group
+) -> Iterator[Event]:
+    """A process beside the first one. It begins when that has hashed all pictures, and reads what all have embedded."""
+    if listen(group)["do"] == "end":
+        return
+    keys = finish(picture_keys(inputs.index, cache))
+    group.same(describe_run(inputs, keys, config))
+    joined = join(inputs.text, inputs.vision, inputs.original)
+    _check_memory(inputs, joined, config, precision_of(config.precision, device), device, lambda needed: None)
+    clip = joined.build().to(device)
+    optimizer = set_up(clip, config, device)
+    shard(optimizer, group)
+    actions = {
+        "embed": lambda said: finish(embed_piece(inputs, clip, keys, cache, said["start"], group)),
+        "meet": lambda said: group.barrier(),
+    }
+    if listen(group, actions)["do"] == "end":
+        return
+    data = finish(training_data(inputs, clip, keys, config, cache))
+    if config.train == "text":
+        clip.visual.cpu()
+    teachers = {name: tower.to(device) for name, tower in _teachers(inputs, joined, config).items()}
+    training = begin(clip, optimizer, data.pairs.counts, config, device, data.sampler)
+    try:
+        group.barrier()
+        yield from follow(training, data.pairs, teachers, config, folder, device, group)
     finally:
         if data.pairs.pixels:
             data.pairs.pixels.close()
@@ -397,23 +447,11 @@ def _check_memory(
     precision: str,
     device: torch.device,
     make_room: Callable[[int], None],
-) -> None:
+) -> memory.Need:
     """Raises InputError when the training would not fit into what is free on its device."""
-    known = {
-        "caption_tokens": lengths(inputs.tokenize(inputs.index.captions()).ids).max().item(),
-        "original": inputs.original is not None,
-    }
+    known = {"caption_tokens": caption_tokens(inputs), "original": inputs.original is not None}
     make_room(memory.estimate(joined.config, config, precision, device, **known).total)
-    memory.check(joined.config, config, precision, device, memory.free(device), **known)
-
-
-def _check_size(pictures: int, config: RepairConfig) -> None:
-    held_out = held_out_count(pictures, config.held_out, config.held_out_most)
-    if pictures - held_out < config.step_pairs:
-        raise InputError(
-            f"{pictures} pictures, of which {held_out} are held out, are fewer than one step of {config.step_pairs} "
-            f"pairs (batch {config.batch} × accumulate {config.accumulate}); add pictures, or make the batch smaller"
-        )
+    return memory.check(joined.config, config, precision, device, memory.free(device), **known)
 
 
 def check_anchors(text: TowerFile, vision: TowerFile, original: TowerFile | None, config: RepairConfig) -> None:
@@ -435,52 +473,6 @@ def check_anchors(text: TowerFile, vision: TowerFile, original: TowerFile | None
 def _teachers(inputs: Inputs, joined: Joined, config: RepairConfig) -> dict[str, TextTower]:
     files = {"original": inputs.original, "broken": inputs.text}
     return {name: text_tower(files[name], joined) for name in sorted({anchor.teacher for anchor in config.anchors})}
-
-
-# ---- data -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a run trains on, what it measures, and the report of both."""
-
-    pairs: Pairs
-    held: HeldOut
-    report: dict[str, object]
-
-
-def _data(
-    inputs: Inputs, clip: CLIP, keys: list[str], config: RepairConfig, cache: Path
-) -> Generator[Event, None, Data]:
-    """The pictures that decode, embedded where the vision tower is locked, and their captions as tokens."""
-    index, features = inputs.index, None
-    if config.train == "text":
-        names = [picture.path for picture in index.pictures]
-        features, broken = yield from embed_pictures(clip.visual, index.root, names, keys, cache)
-        index = index.without(broken)
-    else:
-        index = yield from check_pictures(index)
-    count = held_out_count(len(index), config.held_out, config.held_out_most)
-    train_index, held_index = split(index, _by_path(inputs.index, keys), count)
-    train_tokens = inputs.tokenize(train_index.captions())
-    held_tokens = inputs.tokenize(held_index.captions())
-    report = asdict(index.report) | {
-        "training pictures": len(train_index),
-        "held-out pictures": len(held_index),
-        "captions cut to the context length": train_tokens.truncated + held_tokens.truncated,
-        "captions with a literal special token taken out": train_tokens.specials + held_tokens.specials,
-    }
-    if features is None:
-        pixels = PicturesAhead(train_index.paths, clip.visual.vision_config.image_size)
-        pairs = Pairs(train_tokens.ids, train_index.caption_counts, None, pixels)
-        return Data(pairs, HeldOut(held_index, held_tokens.ids, None), report)
-    pairs = Pairs(train_tokens.ids, train_index.caption_counts, _rows(features, train_index), None)
-    return Data(pairs, HeldOut(held_index, held_tokens.ids, _rows(features, held_index)), report)
-
-
-def _rows(features: dict[str, Tensor], index: Index) -> Tensor:
-    """Features of an index's pictures, in its order: (pictures, embed_dim)"""
-    return torch.stack([features[picture.path] for picture in index.pictures]) if len(index) else torch.empty(0, 0)
 
 
 def _metadata(folder: Path, joined: Joined) -> dict[str, str]:

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from .clip import CLIP, TextTower, VisionTower, load
 from .compare import moved
 from .config import RepairConfig
 from .control import Control
-from .data.captions import Index, first_captions
-from .data.images import load_batches
+from .data.captions import first_captions
+from .distributed import ALONE, Group
 from .errors import InputError
 from .events import Event
 from .files import write_json
@@ -32,30 +32,16 @@ from .layouts.canonical import text_part, vision_part
 from .measure import measure_tower
 from .plots import plot_losses, save
 from .report import write_report
-from .trainer import Pairs, Training, held_out_loss, train
+from .sharding import own, whole
+from .step import Pairs
+from .trainer import Training, held_out_loss, train
+from .training_data import HeldOut
 
 log = logging.getLogger(__name__)
 
 RESULT = "text_encoder.safetensors"
 BEST = "best_text_encoder.safetensors"
 REMEMBERED = 64_000_000  # bytes of the record that a run which goes on looks at, to know what is usual in it
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Pairs that are measured and never trained on."""
-
-    index: Index
-    ids: Tensor  # (captions, context_length)
-    features: Tensor | None  # (pictures, embed_dim) of a locked vision tower
-
-    @torch.no_grad()
-    def image_features(self, clip: CLIP) -> Tensor:
-        """(pictures, embed_dim): as they were cached, or by the tower as it is now"""
-        if self.features is not None:
-            return self.features
-        batches = load_batches(self.index.paths, clip.visual.vision_config.image_size, batch=64)
-        return torch.cat([clip.encode_image(pixels.to(clip.logit_scale.device)).float().cpu() for pixels in batches])
 
 
 @dataclass(frozen=True)
@@ -84,9 +70,12 @@ class Session:
         device: torch.device,
         precision: str,
         control: Control,
+        taken: memory.Taken,
+        group: Group = ALONE,
     ):
+        """group: this is its first process; the others are told what comes next (`followers`)."""
         self.training, self.scene, self.config, self.folder = training, scene, config, folder
-        self.device, self.control = device, control
+        self.device, self.control, self.taken, self.group = device, control, taken, group
         self.alarms = Alarms(patience=3 if precision == "fp16" else 1)
         self.best: dict[str, object] | None = None  # step 0: no step was better than the start
         self._waited = 0  # measurements since the best one, those that were asked for by hand not counted
@@ -100,11 +89,13 @@ class Session:
         if self._exhausted():  # the process ended between the decision and the result
             yield from self._finish()
             return
-        for event in train(training, self.scene.pairs, self.scene.teachers, config, self.device):
+        self._go_on()
+        for event in train(training, self.scene.pairs, self.scene.teachers, config, self.device, group=self.group):
             yield event
             yield from self.alarms.hear(event)
             if event["type"] != "step":
                 continue
+            self.taken.see(event["memory"])
             end_of_epoch = training.step % training.sampler.batches_per_epoch == 0
             if end_of_epoch or (config.measure_every and training.step % config.measure_every == 0):
                 yield from self._measure_in_turn()
@@ -124,7 +115,11 @@ class Session:
                 export_text(training.clip, self.folder / RESULT, self._metadata())
                 yield {"type": "stopped", "step": training.step, "steps": training.total_steps}
                 return
+            self._go_on()
         yield from self._finish()
+
+    def _go_on(self) -> None:
+        self.group.broadcast_json({"do": "train", "step": self.training.step})
 
     def measure(self) -> Iterator[Event]:
         """A `measure` event, and what it sets off, if there are pairs to measure on. Keeps the best encoder."""
@@ -157,11 +152,12 @@ class Session:
     def save(self) -> Iterator[Event]:
         """A checkpoint, and a snapshot of the history beside it, so that long runs are opened quickly."""
         training = self.training
+        self.group.broadcast_json({"do": "save"})
         checkpoint.save(
             self.folder / CHECKPOINTS,
             training.step,
             training.clip,
-            training.optimizer,
+            whole(training.optimizer, self.group),
             training.state() | {"best": self.best, "waited": self._waited},
             self.config.keep,
             self.scene.metadata,
@@ -207,6 +203,7 @@ class Session:
             "early": training.step < training.total_steps,  # by `patience`
             "skipped": training.skipped,
             "best": self.best,
+            "memory": self.taken.as_json(),
             "measurements": [event for event in telemetry.read(folder, kinds=("measure",))],
         }
         write_json(result, folder / "result.json")
@@ -292,13 +289,21 @@ class Session:
         return self.scene.metadata | {"step": str(self.training.step)}
 
     def _offload(self, away: bool) -> None:
-        """Moves all that a training keeps on its device to the CPU, or back."""
-        scene, training = self.scene, self.training
-        towers = [training.clip, *scene.teachers.values(), *([scene.reference] if scene.reference else [])]
-        locked = None if scene.pairs.pixels else training.clip.visual  # it is on the CPU already
-        memory.move(towers, training.optimizer, torch.device("cpu") if away else self.device, locked)
-        if away:
-            memory.release(self.device)
+        self.group.broadcast_json({"do": "offload", "away": away})
+        reference = [self.scene.reference] if self.scene.reference else []
+        towers = [*self.scene.teachers.values(), *reference]
+        move(self.training, self.scene.pairs, towers, self.device, away, self.group)
+
+
+def move(
+    training: Training, pairs: Pairs, towers: Sequence[TextTower], device: torch.device, away: bool, group: Group
+) -> None:
+    """Moves a training and towers beside it from their device to the CPU, or back."""
+    locked = None if pairs.pixels else training.clip.visual  # it is on the CPU already
+    place = torch.device("cpu") if away else device
+    memory.move([training.clip, *towers], own(training.optimizer, group), place, locked)
+    if away:
+        memory.release(device)
 
 
 def goodness(by: str, losses: Mapping[str, float], values: Mapping[str, object]) -> float:

@@ -291,7 +291,7 @@ def _pairs(
         _, index = split(index, keys, MOST)
     index, features, broken = yield from embed_index(joined.build_vision().to(device), index, cache, keys)
     warnings += [f"left out: {name} ({reason})" for name, reason in broken.items()]
-    return _Pairs(features, tokenize(index.captions()).ids, index.owners())
+    return _Pairs(features[:], tokenize(index.captions()).ids, index.owners())
 
 
 class _Watched:

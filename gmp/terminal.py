@@ -51,7 +51,10 @@ def tell(event: Event) -> str | None:
         counts = f"{event['training pictures']} pictures to train on, {event['held-out pictures']} held out"
         listed = "".join(f"\n{name}: {len(rows)}: {', '.join(rows[:5])}" for name, rows in left_out.items() if rows)
         cut = event["captions cut to the context length"]
-        return counts + listed + (f"\n{cut} captions are too long and were cut" if cut else "")
+        copies = {one: event.get(f"{one} that equal another") for one in ("training pictures", "training captions")}
+        equal = [f"{count} {one}" for one, count in copies.items() if count]
+        alike = f"\n{' and '.join(equal)} equal another, and are not its negatives" if equal else ""
+        return counts + listed + (f"\n{cut} captions are too long and were cut" if cut else "") + alike
     if kind == "resume":
         return f"going on at step {event['step']} of {event['steps']}"
     if kind == "measure":
@@ -77,19 +80,29 @@ def tell(event: Event) -> str | None:
 
 
 class Stop:
-    """Ctrl-C asks for a stop at the next step's boundary; a second one aborts."""
+    """Ctrl-C asks for a stop at the next step's boundary; a second one aborts.
 
-    def __init__(self) -> None:
+    several: torchrun has started this process beside others. It passes every signal on, SIGTERM also when another one
+    has died, and kills what does not end within half a minute: signals ask, however many come.
+    """
+
+    def __init__(self, several: bool = False) -> None:
         self.asked = False
+        self._several = several
+        self._signals = (signal.SIGINT, signal.SIGTERM) if several else (signal.SIGINT,)
 
     def __enter__(self) -> Callable[[], bool]:
-        self._before = signal.signal(signal.SIGINT, self._interrupt)
+        self._before = {number: signal.signal(number, self._interrupt) for number in self._signals}
         return lambda: self.asked
 
     def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
     def _interrupt(self, number, frame) -> None:
+        if self._several:
+            self.asked = True
+            return
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True

@@ -25,10 +25,10 @@ from .bootstrap import Interval, ratio, share
 from .clip import TextTower, VisionTower
 from .data.captions import Index
 from .data.classes import Classes
-from .data.images import load_picture, preprocess
+from .data.images import load_picture, normalize, square
 from .errors import InputError
 from .events import Event, progress
-from .features import content_keys, embed_pictures
+from .features import content_keys, embed_files
 from .relations import wins
 from .tokenizer import Tokenize
 from .zero_shot import check_templates, class_features, read_templates
@@ -191,26 +191,25 @@ def draw_attack(
     """
     names = [target.picture for target in plan.targets]
     keys = yield from content_keys(plan.root, names, cache)
-    found, broken = yield from embed_pictures(vision, plan.root, names, keys, cache)
-    whole = [(target, key) for target, key in zip(plan.targets, keys, strict=True) if target.picture in found]
+    clean, broken = yield from embed_files(vision, plan.root, names, keys, cache)
+    whole = [(target, key) for target, key in zip(plan.targets, keys, strict=True) if target.picture not in broken]
     if not whole:
         raise InputError(f"None of the {len(names)} pictures in {plan.root} can be read.")
     size, device = vision.vision_config.image_size, vision.proj.device
 
     def pixels(pair: tuple[Target, str]) -> Tensor:
         target, key = pair
-        return preprocess(write_word(load_picture(plan.root / target.picture), target.word, key, style), size)
+        return square(write_word(load_picture(plan.root / target.picture), target.word, key, style), size)
 
     rows = []
     with ThreadPoolExecutor(threads, thread_name_prefix="gmp-pictures") as pool:
         for start in range(0, len(whole), batch):
             drawn = torch.stack(list(pool.map(pixels, whole[start : start + batch])))
             with torch.no_grad():
-                rows.append(vision(drawn.to(device)).float().cpu())
+                rows.append(vision(normalize(drawn.to(device))).float().cpu())
             yield progress("write on pictures", start + len(drawn), len(whole))
     targets = tuple(target for target, _ in whole)
-    clean = torch.stack([found[target.picture] for target in targets])
-    return Attacked(Plan(plan.root, plan.kind, targets, plan.without), clean, torch.cat(rows), style, broken)
+    return Attacked(Plan(plan.root, plan.kind, targets, plan.without), clean[:], torch.cat(rows), style, broken)
 
 
 def attack(

@@ -20,7 +20,7 @@ from .clip import TextTower, VisionTower
 from .data.classes import Classes
 from .errors import InputError, some
 from .events import Event, progress
-from .features import content_keys, embed_pictures
+from .features import content_keys, embed_files
 from .measure import text_features
 from .tokenizer import Tokenize
 
@@ -145,9 +145,8 @@ def embed_classes(
 ) -> Generator[Event, None, tuple[Classes, Tensor, dict[str, str]]]:
     """The pictures that decode, their features (pictures, E), and the reasons of those that do not. Yields progress."""
     keys = yield from content_keys(classes.root, classes.pictures, cache)
-    found, broken = yield from embed_pictures(vision, classes.root, classes.pictures, keys, cache)
-    classes = classes.without(broken)
-    return classes, torch.stack([found[picture] for picture in classes.pictures]), broken
+    features, broken = yield from embed_files(vision, classes.root, classes.pictures, keys, cache)
+    return classes.without(broken), features[:], broken
 
 
 def zero_shot(

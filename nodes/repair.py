@@ -7,11 +7,12 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..gmp.clip import CLIPConfig
-from ..gmp.config import BEST_BY, PRECISIONS, TRAIN, Anchor, RepairConfig
+from ..gmp.config import BEST_BY, NEGATIVES, PRECISIONS, TRAIN, Anchor, RepairConfig
 from ..gmp.data.captions import Index
 from ..gmp.events import finish
 from ..gmp.features import content_keys
 from ..gmp.memory import estimate
+from ..gmp.optim import STATES
 from ..gmp.run import Inputs, check_anchors, describe_run, repair, run_id
 from ..gmp.trainer import precision_of
 from ..gmp.verdict import REPAIR_TARGETS
@@ -226,6 +227,26 @@ class Repair(io.ComfyNode):
                     advanced=True,
                     tooltip="End the run early after so many measurements without a better one. 0 is off.",
                 ),
+                io.Combo.Input(
+                    "negatives",
+                    options=list(NEGATIVES),
+                    default="batch",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Which pictures a caption tells its own from. batch: those of its step. all: all training "
+                    "pictures, by their features; needs train = text, and takes time where there are very many. Equal "
+                    "pictures or captions are never each other's negatives.",
+                ),
+                io.Combo.Input(
+                    "optimizer_state",
+                    options=list(STATES),
+                    default="fp32",
+                    optional=True,
+                    advanced=True,
+                    tooltip="What AdamW's two moments are kept in. fp32: 8 bytes per weight. bf16: half of that, "
+                    "rounded at random. 8bit: a quarter, needs torchao or bitsandbytes. Checkpoints become smaller "
+                    "with it.",
+                ),
             ],
             outputs=[
                 Run.Output(
@@ -275,6 +296,8 @@ class Repair(io.ComfyNode):
         measure_every: int = 0,
         best_by: str = "objective",
         patience: int = 0,
+        negatives: str = "batch",
+        optimizer_state: str = "fp32",
     ) -> io.NodeOutput:
         weights = {"original": anchor_weight, "broken": broken_weight}
         config = RepairConfig(
@@ -295,6 +318,8 @@ class Repair(io.ComfyNode):
             measure_every=measure_every,
             best_by=best_by,
             patience=patience,
+            negatives=negatives,
+            optimizer_state=optimizer_state,
         )
         text = gmp_clip.text
         device = host.device()

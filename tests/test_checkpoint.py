@@ -8,18 +8,22 @@ import os
 import pytest
 import torch
 
-from gmp import checkpoint
+from gmp import adamw, checkpoint, optim
 from gmp.errors import InputError
+from gmp.files import read_header
 from gmp.geometric import is_mlp, to_geometric
-from gmp.optim import parameter_groups
+from gmp.optim import LIBRARIES, make_optimizer, parameter_groups
 from tests.small import CONTEXT, SMALL, VOCAB, full_disk, small_clip
 
+CPU = torch.device("cpu")
 
-def make(train_vision=True, seed=0):
+
+def make(train_vision=True, seed=0, state="fp32"):
     clip = small_clip(seed)
     to_geometric(clip, lambda name: is_mlp(name) and (train_vision or not name.startswith("visual.")))
     clip.visual.requires_grad_(train_vision)
-    return clip, torch.optim.AdamW(parameter_groups(clip, 1e-2, {"ln_final.*": 0.0}, 0.01))
+    groups = parameter_groups(clip, 1e-2, {"ln_final.*": 0.0}, 0.01)
+    return clip, make_optimizer(groups, (0.9, 0.98), CPU, state)
 
 
 def step(clip, optimizer, number):
@@ -38,33 +42,103 @@ def same(a, b):
     return all(torch.equal(tensor, b.state_dict()[name]) for name, tensor in a.state_dict().items())
 
 
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
 @pytest.mark.parametrize("train_vision", [True, False])
-def test_restored_is_uninterrupted(tmp_path, train_vision):
-    one, optimizer = make(train_vision)
+def test_restored_is_uninterrupted(tmp_path, train_vision, state, monkeypatch):
+    monkeypatch.setattr(adamw, "LEAST", 200)  # so that the small tower has moments of both kinds
+    one, optimizer = make(train_vision, state=state)
     for number in range(3):
         step(one, optimizer, number)
     save(tmp_path, 3, one, optimizer, sampler={"epoch": 1}, best=None)
     for number in range(3, 6):
         step(one, optimizer, number)
 
-    other, fresh = make(train_vision)
+    other, fresh = make(train_vision, seed=1, state=state)
     (found,) = checkpoint.list_checkpoints(tmp_path)
-    state = checkpoint.restore(found, other, fresh)
-    assert (state["step"], state["sampler"], state["best"]) == (3, {"epoch": 1}, None)
+    kept = checkpoint.restore(found, other, fresh)
+    assert (kept["step"], kept["sampler"], kept["best"]) == (3, {"epoch": 1}, None)
+    assert {float(moments["step"]) for moments in fresh.state.values()} == {3.0}
     for number in range(3, 6):
         step(other, fresh, number)
-    assert same(one, other)
-    for a, b in zip(optimizer.state_dict()["state"].values(), fresh.state_dict()["state"].values(), strict=True):
-        assert a.keys() == b.keys() == {"step", "exp_avg", "exp_avg_sq"}
-        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert trained(one, other) and alike(optimizer, fresh)
+    kinds = {moments["exp_avg"].dtype for moments in fresh.state.values()}
+    assert kinds == ({torch.float32} if state == "fp32" else {torch.float32, torch.bfloat16})
+
+
+def trained(a, b):
+    """Whether what is saved is the same: of different seeds, a locked vision tower is another."""
+    return all(torch.equal(p, b.get_parameter(n)) for n, p in checkpoint._saved(a).items())
+
+
+def alike(a, b):
+    for one, two in zip(a.state.values(), b.state.values(), strict=True):
+        assert one.keys() == two.keys() and len(one) > 2
+        for key, value in one.items():
+            other = two[key]
+            if hasattr(value, "__tensor_flatten__"):
+                assert all(torch.equal(getattr(value, k), getattr(other, k)) for k in value.__tensor_flatten__()[0])
+            elif isinstance(value, torch.Tensor):
+                assert value.dtype == other.dtype and torch.equal(value, other)
+            else:
+                assert value == other
+    return True
+
+
+def two_tensors(seed):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"weight": (64, 128), "bias": (5,)}
+    return torch.nn.ParameterDict(
+        {n: torch.nn.Parameter(torch.randn(s, generator=generator)) for n, s in shapes.items()}
+    )
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_quantised_moments_are_restored_exactly(tmp_path, library, monkeypatch):
+    pytest.importorskip(library, reason=f"needs {library.partition('.')[0]}")
+    monkeypatch.setattr(optim, "LIBRARIES", (library,))
+
+    def fresh(seed):
+        model = two_tensors(seed)
+        return model, make_optimizer(parameter_groups(model, 1e-2, {}, 0.01), (0.9, 0.98), CPU, "8bit")
+
+    one, optimizer = fresh(0)
+    for number in range(3):
+        step(one, optimizer, number)
+    found = save(tmp_path, 3, one, optimizer)
+    for number in range(3, 6):
+        step(one, optimizer, number)
+    other, again = fresh(1)
+    checkpoint.restore(found, other, again)
+    for number in range(3, 6):
+        step(other, again, number)
+    assert all(torch.equal(one[name], other[name]) for name in one) and alike(optimizer, again)
+    kinds = {info.dtype for info in read_header(found.path("optimizer.safetensors")).tensors.values()}
+    assert kinds == {"U8", "F32"}
 
 
 def test_before_the_first_step(tmp_path):
     one, optimizer = make()
     save(tmp_path, 0, one, optimizer)
     other, fresh = make(seed=1)
+    step(other, fresh, 0)
     checkpoint.restore(checkpoint.list_checkpoints(tmp_path)[0], other, fresh)
-    assert same(one, other) and not fresh.state
+    assert trained(one, other) and alike(optimizer, fresh)
+
+
+@pytest.mark.parametrize(("saved", "asked"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_moments_of_another_kind_are_refused_and_nothing_is_changed(tmp_path, saved, asked, monkeypatch):
+    monkeypatch.setattr(adamw, "LEAST", 200)
+    one, optimizer = make(state=saved)
+    step(one, optimizer, 0)
+    found = save(tmp_path, 1, one, optimizer)
+    other, fresh = make(seed=1, state=asked)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(
+        InputError, match="optimizer.safetensors does not fit this run: .* optimizer state .*go on with"
+    ):
+        checkpoint.restore(found, other, fresh)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+    assert not any(moments["exp_avg"].any() for moments in fresh.state.values())
 
 
 def test_a_locked_vision_tower_is_not_saved_and_a_frozen_text_weight_is(tmp_path):
@@ -137,7 +211,7 @@ def test_another_form_is_refused(tmp_path):
     one, optimizer = make()
     found = save(tmp_path, 1, one, optimizer)
     plain = small_clip()
-    fresh = torch.optim.AdamW(parameter_groups(plain, 1e-2, {}, 0.0))
+    fresh = make_optimizer(parameter_groups(plain, 1e-2, {}, 0.0), (0.9, 0.98), CPU)
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     with pytest.raises(InputError, match="does not fit this run: .*mlp.c_fc"):
         checkpoint.restore(found, plain, fresh)

@@ -78,7 +78,7 @@ def test_a_run_whose_start_cannot_be_measured_keeps_that_as_the_worst(start, tmp
 
 
 def test_where_nothing_could_be_held_out_patience_ends_nothing(start, tmp_path, monkeypatch):
-    monkeypatch.setattr("gmp.run.held_out_count", lambda *_: 0)  # as copies of one picture may have it
+    monkeypatch.setattr("gmp.training_data.held_out_count", lambda *_: 0)  # as copies of one picture may have it
     events = list(start(dataclasses.replace(CONFIG, measure_every=1, patience=1), tmp_path / "run"))
     assert not steps("measure", events)
     assert steps("step", events)[-1] == events[-1]["step"] and not events[-1]["early"]

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,6 +235,30 @@ def test_the_result_is_measured_and_repeated(world, tmp_path):
     assert (after["retrieval"]["images"], before["retrieval"]["images"]) == (15, 300)  # what the run held out, and all
     assert after["drift"]["penultimate"]["cosine"] > before["drift"]["penultimate"]["cosine"] + 0.1
     assert read_header(first["text_encoder"]).metadata["gmp_version"]
+
+
+def test_negatives_and_the_optimizer_state_are_settings_of_a_run(world, tmp_path):
+    captions = json.loads((world / "captions.json").read_text())
+    twice = {}
+    for name, texts in list(captions.items())[:60]:
+        for folder in ("one", "two"):
+            path = tmp_path / "pictures" / folder / Path(name).name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(world / name, path)
+            twice[f"{folder}/{path.name}"] = texts
+    (tmp_path / "captions.json").write_text(json.dumps(twice))
+    pictures = ("--images", tmp_path / "pictures", "--captions", tmp_path / "captions.json", *data(world)[-2:])
+    repair = ("repair", *TOWERS, *pictures, "--out", tmp_path / "run", "--epochs", 1, "--batch", 50)
+    done = gmp(*repair, "--negatives", "all", "--optimizer-state", "bf16")
+    config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert (config["negatives"], config["optimizer_state"]) == ("all", "bf16")
+    assert "57 training pictures and 171 training captions equal another, and are not its negatives" in done.stderr
+    events = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    steps = [event for event in map(json.loads, events) if event["type"] == "step"]
+    assert len(steps) == 2 and all(0 < step["masked"] <= 25 for step in steps)
+    other = complaint(*repair)
+    assert "negatives was 'all', is 'batch'" in other and "optimizer_state was 'bf16', is 'fp32'" in other
+    assert "needs a locked vision tower" in complaint(*repair, "--negatives", "all", "--train", "both")
 
 
 def test_a_measurement_is_a_table_and_a_file(world, tmp_path):

@@ -14,14 +14,17 @@ from gmp.clip import (
     CLIP,
     Block,
     CLIPConfig,
+    QuickGELU,
     TextConfig,
     TextTower,
     VisionConfig,
     VisionTower,
     end_of_text,
     initialize,
+    pack,
     set_checkpointing,
 )
+from gmp.clip import precision as precision_of
 from gmp.geometric import to_geometric
 from gmp.layouts import read_text, read_vision
 
@@ -252,6 +255,95 @@ def test_a_batch_may_be_cut_to_its_longest_caption(clip):
         assert relative(getattr(cut, point), getattr(full, point)) < 1e-6
 
 
+def of_lengths(sizes, vocab=100, context=77, seed=3):
+    """Captions of these lengths, with start and end of text."""
+    ids = torch.randint(0, vocab - 2, (len(sizes), context), generator=torch.Generator().manual_seed(seed))
+    ids[:, 0] = vocab - 2
+    return torch.where(torch.arange(context)[None] < torch.tensor(sizes)[:, None] - 1, ids, vocab - 1)
+
+
+SIZES = [5, 77, 3, 12, 12, 4, 30, 5, 2, 31, 12]
+
+
+@pytest.mark.parametrize("worth", [0, 8, 10**9])
+def test_a_stream_holds_every_caption_in_stretches(worth):
+    ids = of_lengths(SIZES)
+    packed = pack(ids, None, worth)
+    assert sum(n * size for n, size in packed.shapes) == len(packed.ids) == len(packed.positions)
+    assert sum(n for n, _ in packed.shapes) == len(SIZES)
+    assert {0: 8, 10**9: 1}.get(worth, 4) == len(packed.shapes)  # every length by itself; few; all to the longest
+    for caption, size, end in zip(ids, SIZES, packed.ends.tolist(), strict=True):
+        rows = slice(end + 1 - size, end + 1)
+        assert torch.equal(packed.ids[rows], caption[:size])
+        assert torch.equal(packed.positions[rows], torch.arange(size))
+
+
+@pytest.mark.parametrize("worth", [0, 1, 7, 20, 50, 400])
+def test_stretches_are_the_cheapest(worth):
+    sizes = sorted(set(SIZES))
+    found = pack(of_lengths(SIZES), None, worth).shapes
+    costs = []
+    for cuts in range(2 ** (len(sizes) - 1)):  # every way to divide the lengths
+        tops = [size for i, size in enumerate(sizes) if i == len(sizes) - 1 or cuts >> i & 1]
+        padded = sum(min(top for top in tops if top >= size) for size in SIZES)
+        costs.append(padded + worth * len(tops))
+    assert sum(n * size for n, size in found) + worth * len(found) == min(costs)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("geometric", [False, True])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_stream_gives_the_features_and_gradients_of_padded_captions(layers, geometric, checkpointing):
+    config = CLIPConfig(TextConfig(32, layers, 4, 72, 77, 100, 24), VisionConfig(32, 1, 2, 64, 8, 16, 24))
+    clip = initialize(CLIP(config), torch.Generator().manual_seed(0)).double()
+    if geometric:
+        to_geometric(clip)
+    set_checkpointing(clip, checkpointing)
+    ids = of_lengths(SIZES)
+    weights = torch.randn(len(SIZES), 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    results = []
+    for encode in (lambda: clip(ids).projected, lambda: clip.encode_text(ids)):
+        clip.zero_grad()
+        features = encode()
+        (features * weights).sum().backward()
+        results.append((features.detach(), {n: p.grad for n, p in clip.named_parameters() if p.grad is not None}))
+    (expected, gradients), (found, others) = results
+    assert relative(found, expected) < 1e-12
+    assert gradients.keys() == others.keys() and len(gradients) > 10
+    for name, gradient in gradients.items():
+        assert relative(others[name], gradient) < 1e-10, name
+
+
+def test_a_stream_ends_at_the_end_token_that_the_tower_names():
+    """An id above end-of-text, as textual inversion adds them, does not end a caption."""
+    config = CLIPConfig(TextConfig(32, 2, 4, 72, 20, 104, 24, end_of_text=99), VisionConfig(32, 1, 2, 64, 8, 16, 24))
+    clip = initialize(CLIP(config), torch.Generator().manual_seed(0))
+    ids = of_lengths([9, 12, 5], context=20)
+    ids[:, 2] = 102
+    with torch.no_grad():
+        expected = clip(ids).projected
+        assert relative(clip.encode_text(ids), expected) < 1e-5
+    assert pack(ids, 99, 0).ends.tolist() == [13, 25, 4]
+    assert pack(ids, None, 0).ends.tolist() == [2, 5, 8]  # the largest id of each row, wherever it stands
+
+
+@pytest.mark.parametrize("part", ["text", "vision"])
+def test_low_precision_rounds_products_and_nothing_else(part):
+    clip = initialize(CLIP(CHECKPOINTED), torch.Generator().manual_seed(0))
+    exact = through(clip, part)
+    with precision_of(torch.bfloat16, clip):
+        found = through(clip, part)
+    assert found.dtype == torch.float32
+    assert 1e-4 < relative(found, exact) < 0.03
+    assert torch.equal(through(clip, part), exact)  # and is over afterwards
+
+
+def test_quick_gelu_has_the_gradients_of_its_formula():
+    x = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(QuickGELU(), (x,))
+    assert relative(QuickGELU()(x), x * torch.sigmoid(1.702 * x)) < 1e-14
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("layers", [1, 2, 4])
 def test_penultimate_alone(layers):
@@ -329,7 +421,7 @@ def output_and_gradients(part, precision, geometric, checkpointing):
     for name, module in clip.named_modules():
         if isinstance(module, Block):
             module.register_forward_pre_hook(lambda *_, name=name: runs.update([name]))
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+    with precision_of(torch.bfloat16 if precision == "bf16" else None, clip):
         output = through(clip, part)
         output.float().square().sum().backward()
     return output.detach(), {n: p.grad for n, p in clip.named_parameters() if p.grad is not None}, runs

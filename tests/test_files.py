@@ -103,6 +103,17 @@ def test_same_content_same_bytes(tmp_path, tensors):
     assert one.read_bytes() == two.read_bytes()
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580])
+def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path, length):
+    """The first two bytes, 80 04 for 1,152, are those of a pickle of protocol 4."""
+    path, metadata = tmp_path / "a.safetensors", {"format": "pt", "note": ""}
+    entries = {"__metadata__": metadata, "x": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}
+    metadata["note"] = "n" * (length - len(json.dumps(entries)))
+    path.write_bytes(struct.pack("<Q", length) + json.dumps(entries).encode() + b"\x07")
+    assert load_file(path)["x"].tolist() == [7]
+    assert files.read_tensors(files.read_header(path), ["x"])["x"].tolist() == [7]
+
+
 def test_header_needs_no_torch():
     code = "import sys, gmp.files, gmp.layouts; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils.parametrizations import weight_norm
 
 from gmp.clip import CLIP, CLIPConfig, TextConfig, VisionConfig, initialize
@@ -122,6 +123,35 @@ def test_equals_weight_norm_in_outputs_and_gradients(scale):
     assert relative(mine.r.grad, theirs.parametrizations.weight.original0.grad) < 1e-6
     assert relative(mine.theta.grad, theirs.parametrizations.weight.original1.grad) < 1e-6
     assert relative(mine.bias.grad, theirs.bias.grad) < 1e-6
+
+
+def test_gradients_are_those_of_finite_differences():
+    layer = GeometricLinear.from_linear(linear(5, 4, dtype=torch.float64))
+    x = torch.randn(3, 2, 4, generator=generator(3), dtype=torch.float64).requires_grad_()
+    inputs = (x, layer.r, layer.theta, layer.bias)
+    assert torch.autograd.gradcheck(
+        lambda x, r, theta, bias: functional_call(layer, dict(r=r, theta=theta, bias=bias), x), inputs
+    )
+
+
+@pytest.mark.parametrize("frozen", ["r", "theta", "bias"])
+def test_parts_may_be_frozen(frozen):
+    layer, whole = (GeometricLinear.from_linear(linear()) for _ in range(2))
+    getattr(layer, frozen).requires_grad_(False)
+    x = torch.randn(7, 16, generator=generator(3))
+    for one in (layer, whole):
+        one(x).square().sum().backward()
+    for name in ("r", "theta", "bias"):
+        found, expected = getattr(layer, name).grad, getattr(whole, name).grad
+        assert found is None if name == frozen else torch.equal(found, expected)
+
+
+def test_neither_weight_nor_direction_is_kept_for_the_backward_pass():
+    layer = GeometricLinear.from_linear(linear())
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(torch.randn(7, 16, generator=generator(3)).requires_grad_())
+    assert {t.data_ptr() for t in kept if t.shape == layer.theta.shape} == {layer.theta.data_ptr()}
 
 
 def test_gradient_of_theta_is_orthogonal_to_its_row():

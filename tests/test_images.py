@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -12,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from gmp.data import images
-from gmp.data.images import load_batches, load_picture, preprocess, to_rgb
+from gmp.data.images import MEAN, STD, load_batches, load_picture, load_pixels, normalize, preprocess, square, to_rgb
 from gmp.errors import InputError
 
 # landscape, portrait, square, smaller than the target, one pixel off, every remainder of the crop's margin
@@ -146,6 +147,123 @@ def test_exif_orientation_is_applied(tmp_path, suffix):
     assert np.abs(np.array(loaded).astype(int) - np.array(upright)).mean() < 3
 
 
+def smooth(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Large and small shapes, as photos have them; no two corners are alike."""
+    rng = np.random.default_rng(seed)
+    image = Image.new("RGB", (width, height))
+    for cells in (3, 9, 40):
+        layer = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        image = Image.blend(image, layer.resize((width, height), Image.Resampling.BICUBIC), 0.5)
+    return image
+
+
+def jpeg(image: Image.Image, **options) -> io.BytesIO:
+    content = io.BytesIO()
+    image.save(content, format="JPEG", **options)
+    return content
+
+
+def in_full(content: io.BytesIO, size: int) -> torch.Tensor:
+    """Decoded at full scale, then resized: what openai/CLIP does."""
+    with Image.open(content) as image:
+        return square(ImageOps.exif_transpose(image), size)
+
+
+SHAPES = [(63, 63), (127, 127), (300, 127), (64, 500)]  # the short side less than 4 × 32
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": 6}], ids=str)
+def test_small_jpegs_are_the_same_to_the_bit_as_decoded_in_full(shape, mode, options):
+    if "exif" in options:
+        options = {"exif": turned(options["exif"])}
+    content = jpeg(picture(*shape).convert(mode), **options)
+    assert torch.equal(load_pixels(content, 32), in_full(content, 32))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP"])
+def test_large_pictures_of_other_formats_are_the_same_to_the_bit_as_decoded_in_full(kind):
+    content = io.BytesIO()
+    picture(300, 200).save(content, format=kind)
+    assert torch.equal(load_pixels(content, 8), in_full(content, 8))
+
+
+@pytest.mark.parametrize(("side", "scale"), [(127, 1), (128, 2), (200, 2), (255, 2), (256, 4), (509, 4), (512, 8)])
+def test_large_jpegs_are_decoded_as_for_a_thumbnail(side, scale, monkeypatch):
+    content = jpeg(picture(side, side))
+    with Image.open(content) as thumbnail:
+        thumbnail.thumbnail((32, 32), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    expected = np.asarray(thumbnail).transpose(2, 0, 1)
+    decoded = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda im, *a, **k: decoded.append(im.size) or resize(im, *a, **k))
+    found = load_pixels(content, 32)
+    assert decoded == [(-(-side // scale),) * 2] and side / scale >= 64 or scale == 1
+    if scale > 1:  # at full scale, `thumbnail` itself would reduce by averages first
+        assert np.array_equal(found.numpy(), expected)
+    assert torch.equal(found, in_full(content, 32)) == (scale == 1)
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+# What undoes an orientation, so that the picture is upright again
+UNDONE = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("orientation", UNDONE)
+@pytest.mark.parametrize("shape", [(301, 210), (213, 422)], ids=str)
+def test_large_jpegs_are_turned_as_exif_says(shape, orientation):
+    upright = smooth(*shape)
+    stored = upright if orientation == 1 else upright.transpose(UNDONE[orientation])
+    content = jpeg(stored, quality=95, exif=turned(orientation))
+    found = load_pixels(content, 32)
+    assert not torch.equal(found, in_full(content, 32))  # it was drafted
+    assert (found.int() - square(upright, 32).int()).abs().float().mean() < 2
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 2}, {"subsampling": 0}], ids=str)
+@pytest.mark.parametrize("shape", [(403, 301), (1001, 260), (259, 1000)], ids=str)
+def test_large_jpegs_differ_little_from_those_decoded_in_full(shape, mode, options):
+    content = jpeg(smooth(*shape).convert(mode), quality=90, **options)
+    found, expected = load_pixels(content, 32), in_full(content, 32)
+    difference = (found.int() - expected.int()).abs()
+    assert found.shape == (3, 32, 32) and 0 < difference.float().mean() < 1.5 and difference.max() < 20
+
+
+def test_large_camera_jpeg_with_two_pictures_is_read():
+    content = io.BytesIO()
+    first = smooth(400, 300)
+    first.save(content, format="MPO", save_all=True, append_images=[smooth(400, 300, seed=1)])
+    assert (load_pixels(content, 32).int() - square(first, 32).int()).abs().float().mean() < 2
+
+
+def test_bytes_are_normalised_exactly():
+    levels = np.arange(256, dtype=np.uint8)
+    expected = (levels[:, None].astype(np.float32) / np.float32(255) - MEAN) / STD  # (256, 3)
+    pixels = torch.from_numpy(levels).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
+        found = normalize(pixels.to(device))
+        assert found.device.type == device and found.dtype == torch.float32
+        assert np.array_equal(found.cpu()[0].flatten(1).T.numpy(), expected)
+    assert pixels.max() == 255  # they are the caller's still
+
+
 @pytest.fixture
 def files(tmp_path):
     paths = []
@@ -159,14 +277,15 @@ def files(tmp_path):
 def test_batches_come_in_order(files, batch, threads):
     batches = list(load_batches(files, 16, batch, threads))
     assert [len(b) for b in batches] == [len(files[i : i + batch]) for i in range(0, 10, batch)]
-    assert torch.equal(torch.cat(batches), torch.stack([preprocess(load_picture(f), 16) for f in files]))
+    assert all(b.dtype == torch.uint8 for b in batches)
+    assert torch.equal(normalize(torch.cat(batches)), torch.stack([preprocess(load_picture(f), 16) for f in files]))
     assert list(load_batches([], 16, batch, threads)) == []
 
 
 def test_decoding_ahead_is_bounded_and_stops_with_the_consumer(files, monkeypatch):
     decoded = []
-    load = images._load
-    monkeypatch.setattr(images, "_load", lambda path, size: decoded.append(path) or load(path, size))
+    load = images.load_pixels
+    monkeypatch.setattr(images, "load_pixels", lambda path, size: decoded.append(path) or load(path, size))
     before = threading.active_count()
     batches = load_batches(files * 30, 16, 2, 2)
     next(batches)
@@ -200,6 +319,20 @@ def test_truncated_pictures_are_named(tmp_path, suffix):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(InputError, match="half"):
         load_picture(path)
+    for size in (64, 8):  # a JPEG is decoded in full, and at an eighth
+        with pytest.raises(InputError, match="half"):
+            load_pixels(path, size)
+
+
+def test_an_open_picture_is_named_as_its_owner_says(tmp_path):
+    content = io.BytesIO()
+    picture(40, 30).save(content, format="JPEG")
+    whole = content.getvalue()
+    (tmp_path / "a.jpg").write_bytes(whole)
+    assert torch.equal(load_pixels(io.BytesIO(whole), 8, "0001.jpg"), load_pixels(tmp_path / "a.jpg", 8))
+    for bad, reason in ((b"", "empty"), (b"no picture", "known format"), (whole[:300], "can't be decoded")):
+        with pytest.raises(InputError, match=f"^0001.jpg: .*{reason}"):
+            load_pixels(io.BytesIO(bad), 8, "0001.jpg")
 
 
 def test_huge_and_narrow_pictures_are_refused(tmp_path, monkeypatch):
@@ -245,7 +378,8 @@ def test_pictures_ahead_gives_what_was_asked_for_and_ends_its_threads(tmp_path):
     before = threading.active_count()
     pictures = images.PicturesAhead(paths, 8, threads=2)
     pictures.ahead([3, 1])
-    assert torch.equal(pictures([1, 4, 3]), torch.cat(list(images.load_batches([paths[i] for i in (1, 4, 3)], 8, 3))))
+    (expected,) = load_batches([paths[i] for i in (1, 4, 3)], 8, 3)
+    assert torch.equal(pictures([1, 4, 3]), expected) and expected.dtype == torch.uint8
     pictures.ahead([0])
     pictures.close()
     deadline = time.monotonic() + 5

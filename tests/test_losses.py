@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from gmp import duplicates
+from gmp.contrastive import Gallery, contrastive
+from gmp.duplicates import alike, alike_keys, masked_pairs
+from gmp.errors import InputError
 from gmp.losses import anchor, info_nce
 
 
@@ -108,6 +114,392 @@ def test_low_precision_features_are_taken():
     found = info_nce(images, texts, torch.tensor(2.0))
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(info_nce(images.float(), texts.float(), torch.tensor(2.0)).item(), rel=1e-6)
+
+
+# Duplicates, blocks and the gallery, against loops over rows: each softmax runs over a list of candidates
+
+
+def among(logits, own, smoothing):
+    """Cross-entropy of one row over its candidates; `own` is the position of the right one."""
+    likelihood = logits.log_softmax(0)
+    return -(1 - smoothing) * likelihood[own] - smoothing * likelihood.mean()
+
+
+def candidates(i, groups, count):
+    return [j for j in range(count) if j == i or not any(group[i] == group[j] for group in groups)]
+
+
+def by_loops(images, texts, scale, smoothing=0.0, same_picture=None, same_caption=None):
+    groups = [group.tolist() for group in (same_picture, same_caption) if group is not None]
+    logits = scale.exp() * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+    total = 0.0
+    for i in range(len(images)):
+        those = candidates(i, groups, len(images))
+        for row in (logits[i], logits[:, i]):
+            total = total + among(row[those], those.index(i), smoothing)
+    return total / (2 * len(images))
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def some_groups(count, kinds, seed=0):
+    return torch.randint(kinds, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def value_and_gradients(loss, *inputs):
+    inputs = [each.detach().clone().requires_grad_() for each in inputs]
+    value = loss(*inputs)
+    return [value.detach(), *torch.autograd.grad(value, inputs)]
+
+
+def assert_close(found, expected, tolerance):
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        assert (a.double() - b).norm() <= tolerance * b.norm(), (a, b)
+
+
+GROUPS = {
+    "none": (None, None),
+    "pictures": (some_groups(23, 9), None),
+    "captions": (None, some_groups(23, 9, seed=1)),
+    "both": (some_groups(23, 12), some_groups(23, 12, seed=1)),
+}
+
+
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("loss", [info_nce, contrastive])
+def test_duplicates_are_left_out_of_both_softmaxes(loss, smoothing, groups):
+    inputs = numbers(23, 6), numbers(23, 6, seed=1), torch.tensor(1.5, dtype=torch.float64)
+    groups = dict(zip(("same_picture", "same_caption"), groups, strict=True))
+    found = value_and_gradients(lambda *x: loss(*x, smoothing=smoothing, **groups), *inputs)
+    assert_close(found, value_and_gradients(lambda *x: by_loops(*x, smoothing, **groups), *inputs), 1e-12)
+
+
+@pytest.mark.parametrize("block", [1, 4, 7, 23, 100])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("scale", [0.0, math.log(100)])
+def test_blocks_change_nothing(block, smoothing, scale):
+    inputs = numbers(23, 6), numbers(23, 6, seed=1), torch.tensor(scale, dtype=torch.float64)
+    groups = dict(zip(("same_picture", "same_caption"), GROUPS["both"], strict=True))
+    found = value_and_gradients(lambda *x: contrastive(*x, smoothing=smoothing, block=block, **groups), *inputs)
+    assert_close(found, value_and_gradients(lambda *x: info_nce(*x, smoothing, **groups), *inputs), 1e-11)
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_contrastive_gives_the_gradients_that_are_asked_for(needed):
+    inputs = numbers(9, 6), numbers(9, 6, seed=1), torch.tensor(1.5, dtype=torch.float64)
+    expected = value_and_gradients(info_nce, *inputs)
+    asked = [each.requires_grad_(i in needed) for i, each in enumerate(inputs)]
+    (3 * contrastive(*asked, block=4)).backward()
+    for i, each in enumerate(asked):
+        if i in needed:
+            assert_close([each.grad], [3 * expected[1 + i]], 1e-12)
+        else:
+            assert each.grad is None
+
+
+def test_contrastive_without_gradients():
+    images, texts = features()
+    scale = torch.tensor(2.0, requires_grad=True)
+    with torch.no_grad():
+        found = contrastive(images, texts, scale, block=3)
+    assert not found.requires_grad
+    assert found.item() == pytest.approx(info_nce(images, texts, scale).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("loss", [info_nce, contrastive])
+def test_pictures_that_are_all_alike_teach_nothing(loss, smoothing):
+    inputs = numbers(9, 6), numbers(9, 6, seed=1), torch.tensor(2.0, dtype=torch.float64)
+    same = torch.zeros(9, dtype=torch.int64)
+    found = value_and_gradients(lambda *x: loss(*x, smoothing=smoothing, same_picture=same), *inputs)
+    assert all((each.abs() < 1e-15).all() for each in found)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_contrastive_in_single_precision(smoothing):
+    """As close to fp64 as the plain formula in fp32 is, at CLIP's own temperature."""
+    texts = numbers(300, 64, seed=1)
+    images = texts + 2 * numbers(300, 64)
+    scale = torch.tensor(math.log(100), dtype=torch.float64)
+    groups = {"same_picture": some_groups(300, 250), "same_caption": some_groups(300, 250, seed=1)}
+    expected = value_and_gradients(lambda *x: info_nce(*x, smoothing, **groups), images, texts, scale)
+    singles = images.float(), texts.float(), scale.float()
+    found = value_and_gradients(lambda *x: contrastive(*x, smoothing=smoothing, block=64, **groups), *singles)
+    assert all(each.dtype == torch.float32 for each in found)
+    assert_close(found, expected, 2e-5)
+
+
+def test_contrastive_of_pairs_that_are_all_but_learnt():
+    """1 - p of the own pair is 1e-7 to 1e-5 here: as a difference of numbers near 1 it would be noise in fp32."""
+    texts = torch.eye(16, dtype=torch.float64) + 0.02 * numbers(16, 16)
+    inputs = texts + 0.02 * numbers(16, 16, seed=1), texts, torch.tensor(math.log(15), dtype=torch.float64)
+    expected = value_and_gradients(by_loops, *inputs)
+    assert 1e-7 < expected[0] < 1e-4
+    found = value_and_gradients(lambda *x: contrastive(*x, block=5), *[each.float() for each in inputs])
+    assert_close(found, expected, 1e-4)
+
+
+def test_contrastive_of_pairs_that_point_the_wrong_way():
+    """Logits of -100 for the own pair and of 100 for another: exp(200) is no number in fp32."""
+    texts = F.one_hot(torch.arange(8) // 2).double() * torch.tensor([1.0, -1.0] * 4, dtype=torch.float64)[:, None]
+    inputs = -texts, texts, torch.tensor(math.log(100), dtype=torch.float64)
+    found = value_and_gradients(lambda *x: contrastive(*x, block=3), *[each.float() for each in inputs])
+    assert found[0] == pytest.approx(200)
+    expected = value_and_gradients(by_loops, *inputs)
+    assert_close([found[0], found[3]], [expected[0], expected[3]], 1e-5)  # features move along themselves: gradient 0
+    assert all(each.isfinite().all() for each in found)
+
+
+def test_contrastive_takes_a_row_of_zeros():
+    images, texts = numbers(2, 9, 6)
+    texts[4] = 0
+    inputs = images, texts, torch.tensor(2.0, dtype=torch.float64)
+    found = value_and_gradients(lambda *x: contrastive(*x, block=4), *inputs)
+    assert_close(found, value_and_gradients(info_nce, *inputs), 1e-12)
+
+
+def test_contrastive_is_the_same_to_the_bit_when_repeated():
+    inputs = *features(50, 16), torch.tensor(3.0)
+    groups = {"same_picture": some_groups(50, 30), "same_caption": some_groups(50, 30, seed=1)}
+    one, other = (value_and_gradients(lambda *x: contrastive(*x, block=16, **groups), *inputs) for _ in range(2))
+    assert all(a.equal(b) for a, b in zip(one, other, strict=True))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements that a tensor had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        sizes = [each.numel() for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return result
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_contrastive_holds_no_square_matrix(smoothing):
+    inputs = *features(96, 4), torch.tensor(3.0)
+    groups = {"same_picture": some_groups(96, 60), "same_caption": torch.zeros(96, dtype=torch.int64)}
+    with Largest() as largest:
+        value_and_gradients(lambda *x: contrastive(*x, smoothing=smoothing, block=12, **groups), *inputs)
+    assert largest.elements == 96 * 4
+    with Largest() as largest:
+        value_and_gradients(info_nce, *inputs)
+    assert largest.elements == 96 * 96
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_contrastive_multiplies_in_single_precision(dtype):
+    images, texts = features(32, 64)
+    scale = torch.tensor(math.log(100))
+    expected = value_and_gradients(contrastive, images, texts, scale)
+    with torch.autocast("cpu", dtype=dtype):
+        found = value_and_gradients(contrastive, images, texts, scale)
+    assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+    low = value_and_gradients(contrastive, images.to(dtype), texts.to(dtype), scale)
+    assert [each.dtype for each in low] == [torch.float32, dtype, dtype, torch.float32]
+    expected = value_and_gradients(contrastive, images.to(dtype).float(), texts.to(dtype).float(), scale)
+    assert low[0].equal(expected[0]) and low[1].equal(expected[1].to(dtype))
+
+
+def test_features_that_do_not_pair_up_are_refused():
+    images, texts = features()
+    scale = torch.tensor(2.0)
+    with pytest.raises(InputError, match=r"\(7, 12\) and \(6, 12\)"):
+        contrastive(images, texts[:6], scale)
+    with pytest.raises(InputError, match="at\\(pictures"):
+        contrastive(images, texts, scale, gallery=Gallery.of(images))
+    with pytest.raises(InputError, match="6 of the batch's 7"):
+        contrastive(images, texts, scale, gallery=Gallery.of(images).at(torch.arange(6)))
+
+
+# The gallery: 40 pictures with 1 to 3 captions each, a batch of 11
+
+COUNTS = (1 + some_groups(40, 3, seed=2)).tolist()
+PICTURES = torch.randperm(40, generator=torch.Generator().manual_seed(3))[:11]
+CHOICE = torch.tensor([i % COUNTS[p] for i, p in enumerate(PICTURES.tolist())])
+CAPTIONS = torch.tensor(COUNTS).cumsum(0)[PICTURES] - torch.tensor(COUNTS)[PICTURES] + CHOICE  # rows of all captions
+WORLDS = {
+    "no duplicates": (torch.arange(40) * 3, torch.arange(sum(COUNTS)) * 5),
+    "few": (some_groups(40, 60, seed=4), some_groups(sum(COUNTS), 100, seed=5)),
+    "many": (some_groups(40, 9, seed=4), some_groups(sum(COUNTS), 9, seed=5)),
+}
+
+
+def gallery_by_loops(images, texts, scale, everything, smoothing, same_picture, same_caption):
+    """Pictures told from the batch's captions, captions from all pictures that are not alike and not called so."""
+    images, texts, everything = (F.normalize(each, dim=-1) for each in (images, texts, everything.double()))
+    called = [set(part.tolist()) for part in same_caption.split(COUNTS)]
+    groups = [same_picture[PICTURES].tolist(), same_caption[CAPTIONS].tolist()]
+    total = 0.0
+    for i, own in enumerate(PICTURES.tolist()):
+        those = candidates(i, groups, len(PICTURES))
+        total = total + among(scale.exp() * texts[those] @ images[i], those.index(i), smoothing)
+        those = [
+            n
+            for n in range(len(everything))
+            if n == own or (same_picture[n] != same_picture[own] and groups[1][i] not in called[n])
+        ]
+        total = total + among(scale.exp() * everything[those] @ texts[i], those.index(own), smoothing)
+    return total / (2 * len(PICTURES))
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("block", [1, 6, 64])
+def test_captions_are_told_from_all_pictures(block, smoothing, world):
+    same_picture, same_caption = world
+    everything = numbers(40, 6, seed=6)
+    inputs = everything[PICTURES], numbers(11, 6, seed=7), torch.tensor(2.0, dtype=torch.float64)
+    gallery = Gallery.of(everything, same_picture, same_caption, COUNTS).at(PICTURES)
+    groups = {"same_picture": same_picture[PICTURES], "same_caption": same_caption[CAPTIONS]}
+
+    def loss(*inputs):
+        return contrastive(*inputs, smoothing=smoothing, gallery=gallery, block=block, **groups)
+
+    expected = value_and_gradients(lambda *x: gallery_by_loops(*x, everything, smoothing, *world), *inputs)
+    assert_close(value_and_gradients(loss, *inputs), expected, 1e-11)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_gallery_of_the_batch_alone_is_the_batch(smoothing):
+    images, texts = numbers(2, 12, 6)
+    inputs = images, texts, torch.tensor(2.0, dtype=torch.float64)
+    gallery = Gallery.of(images).at(torch.arange(12))
+    found = value_and_gradients(lambda *x: contrastive(*x, smoothing=smoothing, gallery=gallery, block=5), *inputs)
+    expected = value_and_gradients(lambda i, t, s: info_nce(i.detach(), t, s, smoothing) + 0 * i.sum(), *inputs)
+    assert_close([found[0], *found[2:]], [expected[0], *expected[2:]], 1e-12)
+    assert found[1].norm() > 0  # the batch's own pictures have their direction's gradient still
+
+
+def test_a_gallery_of_pictures_that_are_all_alike_leaves_the_own_one():
+    images, texts = numbers(2, 12, 6)
+    gallery = Gallery.of(images, torch.zeros(12, dtype=torch.int64)).at(torch.arange(12))
+    same = torch.zeros(12, dtype=torch.int64)
+    for smoothing in (0.0, 0.1):
+        found = value_and_gradients(
+            lambda *x: contrastive(*x, smoothing=smoothing, same_picture=same, gallery=gallery, block=5),  # noqa: B023
+            images, texts, torch.tensor(2.0, dtype=torch.float64),
+        )  # fmt: skip
+        assert all((each.abs() < 1e-14).all() for each in found)
+
+
+class FromFile:
+    """Rows that can be had in parts only, in half precision."""
+
+    def __init__(self, rows):
+        self.rows, self.most = rows.half(), 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, where):
+        part = self.rows[where]
+        self.most = max(self.most, len(part))
+        return part
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_gallery_is_read_in_blocks(smoothing):
+    everything = FromFile(numbers(40, 6, seed=6))
+    exact = everything.rows.double()
+    inputs = exact[PICTURES], numbers(11, 6, seed=7), torch.tensor(2.0, dtype=torch.float64)
+    gallery = Gallery.of(everything, *WORLDS["few"], COUNTS).at(PICTURES)
+    groups = {"same_picture": WORLDS["few"][0][PICTURES], "same_caption": WORLDS["few"][1][CAPTIONS]}
+    expected = value_and_gradients(lambda *x: gallery_by_loops(*x, exact, smoothing, *WORLDS["few"]), *inputs)
+
+    def loss(*inputs):
+        return contrastive(*inputs, smoothing=smoothing, gallery=gallery, block=7, **groups)
+
+    assert_close(value_and_gradients(loss, *inputs), expected, 1e-11)
+    assert_close(value_and_gradients(loss, *[each.float() for each in inputs]), expected, 2e-6)
+    assert everything.most == 7
+
+
+def test_a_gallery_keeps_only_what_pictures_share():
+    same_picture = torch.tensor([7, 3, 7, 9])
+    same_caption = torch.tensor([50, 50, 60, 70, 60])  # picture 0 has 50 twice, pictures 1 and 3 both have 60
+    gallery = Gallery.of(torch.ones(4, 2), same_picture, same_caption, (2, 1, 1, 1))
+    assert sorted(zip(gallery.keys.tolist(), gallery.pictures.tolist(), strict=True)) == [
+        (2 * 7 + 1, 0), (2 * 7 + 1, 2), (2 * 60, 1), (2 * 60, 3),
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="3 picture groups"):
+        Gallery.of(torch.ones(4, 2), same_picture[:3])
+    with pytest.raises(InputError, match="counts"):
+        Gallery.of(torch.ones(4, 2), same_picture, same_caption, (1, 1, 1, 1))
+
+
+def test_captions_are_told_from_more_pictures_than_the_batch_holds():
+    everything = numbers(40, 6, seed=6).float()
+    inputs = everything[PICTURES], numbers(11, 6, seed=7).float(), torch.tensor(2.0)
+    small = contrastive(*inputs, gallery=Gallery.of(everything[PICTURES]).at(torch.arange(11)))
+    assert contrastive(*inputs, gallery=Gallery.of(everything).at(PICTURES)) > small + 0.1
+
+
+# Which rows are equal
+
+
+@pytest.mark.parametrize("kind", ["tokens", "pixels", "pictures", "features", "one number"])
+def test_alike_names_the_first_equal_row(kind):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"tokens": (60, 5), "pixels": (60, 3, 1, 2), "pictures": (60, 4), "features": (60, 3), "one number": (60,)}
+    rows = torch.randint(2, shapes[kind], generator=generator)
+    dtypes = {"pixels": torch.uint8, "pictures": torch.int32, "features": torch.float32}
+    rows = rows.to(dtypes.get(kind, torch.int64))
+    found = alike(rows).tolist()
+    plain = rows.tolist()
+    assert found == [plain.index(row) for row in plain]
+    assert len(set(found)) < 60
+
+
+def test_alike_takes_rows_apart_that_differ_in_one_place():
+    rows = torch.zeros(78, 77, dtype=torch.int64)
+    rows[torch.arange(77), torch.arange(77)] = 49407
+    assert alike(rows).tolist() == list(range(78))
+    assert alike(torch.cat([rows, rows.flip(0)]))[78:].tolist() == list(reversed(range(78)))
+
+
+def test_alike_takes_zero_of_either_sign_for_zero():
+    assert alike(torch.tensor([[0.0, 1.0], [-0.0, 1.0], [0.0, -1.0]])).tolist() == [0, 0, 2]
+
+
+def test_alike_holds_where_hashes_collide(monkeypatch):
+    rows = torch.randint(2, (60, 5), generator=torch.Generator().manual_seed(0))
+    expected = alike(rows)
+    monkeypatch.setattr(duplicates, "_hashes", lambda rows: torch.zeros(len(rows), dtype=torch.int64))
+    assert alike(rows).equal(expected)
+
+
+def test_alike_works_in_parts(monkeypatch):
+    rows = torch.randint(2, (60, 5), generator=torch.Generator().manual_seed(0))
+    expected = alike(rows)
+    monkeypatch.setattr(duplicates, "_rows_at_once", lambda rows: 7)
+    assert alike(rows).equal(expected)
+
+
+def test_alike_of_nothing():
+    assert alike(torch.zeros(0, 77, dtype=torch.int64)).shape == (0,)
+    assert alike_keys([]).dtype == torch.int64
+
+
+def test_alike_keys():
+    assert alike_keys(["b", "a", "b", "c", "a"]).tolist() == [0, 1, 0, 3, 1]
+
+
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+def test_masked_pairs(groups):
+    given = [group.tolist() for group in groups if group is not None]
+    expected = sum(23 - len(candidates(i, given, 23)) for i in range(23)) / 2
+    assert masked_pairs(*groups) == expected
+    assert (expected > 0) == bool(given)
+
+
+# Anchors
 
 
 def naive_anchor(found, target):

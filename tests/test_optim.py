@@ -1,17 +1,24 @@
-"""Rates, groups and gradient norms."""
+"""Rates, groups, gradient norms, and AdamW with moments of every kind, held to torch's plain one."""
 
 from __future__ import annotations
 
+import copy
+import importlib
 import math
 
 import pytest
 import torch
 
+from gmp import adamw, optim
+from gmp.adamw import LEAST, AdamW16, round_into
 from gmp.clip import CLIP, CLIPConfig, TextConfig, VisionConfig, initialize
+from gmp.errors import InputError
 from gmp.geometric import to_geometric
 from gmp.gradients import clip_gradients, layer_and_role, norms_by_layer, share_of_non_finite, squares
-from gmp.optim import SCHEDULES, decays, parameter_groups, schedule, set_rates
+from gmp.optim import LIBRARIES, SCHEDULES, decays, make_optimizer, parameter_groups, schedule, set_rates
 
+CPU = torch.device("cpu")
+BETAS = (0.9, 0.98)
 CONFIG = CLIPConfig(TextConfig(32, 2, 2, 64, 12, 50, 16), VisionConfig(32, 2, 2, 64, 8, 16, 16))
 
 
@@ -207,3 +214,277 @@ def test_clipping(clip, most):
     for parameter, grad in zip(parameters, found, strict=True):
         assert (parameter.grad is None) == (grad is None)
         assert grad is None or torch.allclose(grad, parameter.grad, rtol=1e-5, atol=0)
+
+
+# ---- AdamW ----------------------------------------------------------------------------------------------------------
+
+
+def plain(groups):
+    """The simple path: torch's loop over tensors."""
+    return torch.optim.AdamW(groups, betas=BETAS, foreach=False, fused=False)
+
+
+def walk(clip, optimizer, steps, start=0):
+    """Steps on random gradients of sizes that differ by parameter; half the rate from the third step on."""
+    for number in range(start, start + steps):
+        generator = torch.Generator().manual_seed(number)
+        for position, parameter in enumerate(p for p in clip.parameters() if p.requires_grad):
+            gradient = 10.0 ** (position % 5 - 4) * torch.randn(parameter.shape, generator=generator)
+            parameter.grad = gradient.to(parameter.device)
+        set_rates(optimizer, 1.0 if number < 2 else 0.5)
+        optimizer.step()
+
+
+def close(a, b, tolerance):
+    for (name, one), other in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert (one - other).abs().max() <= tolerance * other.abs().max().clamp_min(1e-3), name
+
+
+def wide_clip():
+    """Most of its matrices are large enough for rounded moments."""
+    config = CLIPConfig(TextConfig(64, 2, 2, 128, 12, 50, 16), VisionConfig(64, 1, 2, 128, 8, 16, 16))
+    clip = initialize(CLIP(config), torch.Generator().manual_seed(0))
+    to_geometric(clip)
+    return clip
+
+
+def test_the_fused_step_is_the_plain_one(clip):
+    other = copy.deepcopy(clip)
+    optimizer = make_optimizer(parameter_groups(clip, 1e-2, {"*.r": 3.0}, 0.1), BETAS, CPU)
+    reference = plain(parameter_groups(other, 1e-2, {"*.r": 3.0}, 0.1))
+    assert {group["fused"] for group in optimizer.param_groups} == {True}
+    walk(clip, optimizer, 6)
+    walk(other, reference, 6)
+    close(clip, other, 1e-6)
+    for one, two in zip(optimizer.state.values(), reference.state.values(), strict=True):
+        assert one.keys() == two.keys() and one["step"] == two["step"] == 6
+        for key in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(one[key], two[key], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
+def test_moments_are_there_before_the_first_step(clip, state):
+    optimizer = make_optimizer(parameter_groups(clip, 1e-2, {"visual.*": 0.0}, 0.1), BETAS, CPU, state)
+    trained = [p for p in clip.parameters() if p.requires_grad]
+    assert set(optimizer.state) == set(trained)
+    for parameter, moments in optimizer.state.items():
+        assert moments["step"] == 0
+        assert moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameter.shape
+        assert not moments["exp_avg"].any() and not moments["exp_avg_sq"].any()
+    places = {id(moment) for moments in optimizer.state.values() for moment in moments.values()}
+    walk(clip, optimizer, 1)
+    assert {id(moment) for moments in optimizer.state.values() for moment in moments.values()} == places
+
+
+def test_an_unknown_state_is_refused(clip):
+    with pytest.raises(ValueError, match="'fp8' is not one of"):
+        make_optimizer(parameter_groups(clip, 1e-2, {}, 0.1), BETAS, CPU, "fp8")
+
+
+# ---- moments in bf16 ------------------------------------------------------------------------------------------------
+
+
+VALUES = torch.tensor([1.0, 1.001, -1.0031, 0.0, -0.0, 3.14159e-20, -7.7e30, 2.0 - 2**-10, 1e-40, 65537.0, 0.1])
+
+
+def test_rounding_over_all_noise_is_the_value_itself():
+    noise = torch.arange(1 << 16, dtype=torch.int32).expand(len(VALUES), -1).clone()
+    wide = VALUES[:, None].expand(-1, 1 << 16).contiguous()
+    rounded = torch.empty(wide.shape, dtype=torch.bfloat16)
+    round_into(rounded, wide, noise)
+    mean = rounded.double().mean(1)
+    torch.testing.assert_close(mean, VALUES.double(), rtol=1e-12, atol=0)
+
+
+def test_rounding_takes_one_of_the_two_neighbours():
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(10_000, generator=generator) * 10.0 ** torch.randint(-20, 20, (10_000,), generator=generator)
+    low = wide.view(torch.int32).bitwise_and(-(1 << 16)).view(torch.float32)  # towards zero
+    high = low.view(torch.int32).add(1 << 16).view(torch.float32)
+    rounded = torch.empty(10_000, dtype=torch.bfloat16)
+    round_into(rounded, wide, torch.randint(1 << 16, (10_000,), generator=generator, dtype=torch.int32))
+    assert ((rounded.float() == low) | (rounded.float() == high)).all()
+    assert 0.4 < (rounded.float() == low).float().mean() < 0.6
+    exact = low.clone()
+    round_into(rounded, exact, torch.full((10_000,), (1 << 16) - 1, dtype=torch.int32))
+    assert torch.equal(rounded.float(), low)
+
+
+def noise(start, count, *key):
+    return torch.cat(adamw._noise(torch.arange(count, dtype=torch.int32), start, adamw._key(*key)))
+
+
+def test_noise_is_uniform_and_differs_with_seed_step_name_and_place():
+    one = noise(0, 1 << 18, 0, 1, "a")
+    assert one.min() == 0 and one.max() == (1 << 16) - 1
+    counts = torch.bincount(one, minlength=1 << 16).double()
+    expected = len(one) / (1 << 16)
+    assert 0.95 < ((counts - expected).square() / expected).mean() < 1.05  # chi-squared per degree of freedom
+    others = [noise(0, 1 << 18, 1, 1, "a"), noise(0, 1 << 18, 0, 2, "a"), noise(0, 1 << 18, 0, 1, "b")]
+    for other in [*others, noise(1, 1 << 18, 0, 1, "a"), one.roll(1 << 18)]:
+        assert abs(torch.corrcoef(torch.stack([one, other]).double())[0, 1]) < 0.01
+    for bit in range(16):
+        assert abs((one >> bit & 1).double().mean() - 0.5) < 0.005
+
+
+def test_noise_does_not_depend_on_how_a_tensor_is_cut():
+    whole = noise(0, 1000, 3, 4, "a").view(2, -1)
+    pieces = [noise(start, 250, 3, 4, "a").view(2, -1) for start in range(0, 1000, 250)]
+    assert torch.equal(whole, torch.cat(pieces, 1))
+    far = 40_000_000  # in the largest tensor of a CLIP
+    assert torch.equal(noise(far, 10, 0, 1, "a").view(2, -1)[:, 5:], noise(far + 5, 5, 0, 1, "a").view(2, -1))
+
+
+def test_a_step_on_bf16_moments_is_the_plain_step_and_its_moments_are_rounded_afterwards(monkeypatch):
+    monkeypatch.setattr(adamw, "_BLOCKS", {"cpu": 1000})
+    clip = wide_clip()
+    walk(clip, optimizer := make_optimizer(parameter_groups(clip, 1e-2, {}, 0.1), BETAS, CPU, "bf16"), 4)
+    other = copy.deepcopy(clip)
+    reference = plain(parameter_groups(other, 1e-2, {}, 0.1))
+    names = {p: n for n, p in clip.named_parameters()}
+    twins = dict(other.named_parameters())
+    for parameter, moments in optimizer.state.items():
+        reference.state[twins[names[parameter]]] = {key: moment.float().clone() for key, moment in moments.items()}
+    walk(clip, optimizer, 1, start=4)
+    walk(other, reference, 1, start=4)
+    close(clip, other, 1e-6)
+    kinds = set()
+    for parameter, moments in optimizer.state.items():
+        exact = reference.state[twins[names[parameter]]]
+        assert moments["step"] == exact["step"] == 5
+        for key in ("exp_avg", "exp_avg_sq"):
+            kinds.add((parameter.numel() >= LEAST, moments[key].dtype))
+            tolerance = 2**-7 if moments[key].dtype == torch.bfloat16 else 1e-6
+            torch.testing.assert_close(moments[key].float(), exact[key], rtol=tolerance, atol=1e-30)
+    assert kinds == {(True, torch.bfloat16), (False, torch.float32)}
+
+
+def test_a_second_moment_in_bf16_arrives_where_one_rounded_to_the_nearest_stands_still():
+    weight = torch.nn.Parameter(torch.zeros(64, 128))
+    (group,) = parameter_groups(torch.nn.ParameterDict({"weight": weight}), 1e-3, {}, 0.0)
+    optimizer = AdamW16([group], BETAS)
+    nearest = torch.zeros((), dtype=torch.bfloat16)
+    for _ in range(400):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        nearest = (nearest.float() * 0.98 + 0.02).bfloat16()
+    arrived = optimizer.state[weight]["exp_avg_sq"].float().mean()
+    assert abs(arrived - (1 - 0.98**400)) < 0.003
+    assert nearest < 0.95
+
+
+def trajectory(seed, rates, steps=3):
+    clip = wide_clip()
+    walk(clip, make_optimizer(parameter_groups(clip, 1e-2, rates, 0.1), BETAS, CPU, "bf16", seed), steps)
+    return clip.state_dict()
+
+
+def test_bf16_moments_depend_on_the_seed_and_on_nothing_else():
+    torch.randint(9, (3,))  # the process's random numbers have no part in it
+    one, again, other = trajectory(0, {}), trajectory(0, {}), trajectory(1, {})
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    name = "transformer.resblocks.0.attn.in_proj_weight"
+    assert not torch.equal(one[name], other[name])
+
+
+def test_what_else_is_trained_does_not_change_a_parameters_noise():
+    """A process that holds a part of the moments rounds them as one that holds all."""
+    name = "transformer.resblocks.1.attn.in_proj_weight"
+    found = []
+    for rates in ({}, {"transformer.resblocks.0.*": 0.0}):
+        clip = wide_clip()
+        optimizer = make_optimizer(parameter_groups(clip, 1e-2, rates, 0.1), BETAS, CPU, "bf16")
+        parameter = clip.get_parameter(name)
+        for _ in range(3):
+            for one in clip.parameters():
+                one.grad = torch.full_like(one, 0.37) if one.requires_grad else None
+            optimizer.step()
+        found.append((parameter, optimizer.state[parameter]["exp_avg_sq"]))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_rounds_by_the_noise_of_the_cpu():
+    positions = torch.arange(1 << 20, dtype=torch.int32)
+    here, there = (adamw._noise(p, 1 << 25, adamw._key(0, 1, "a")) for p in (positions, positions.cuda()))
+    assert all(torch.equal(one, other.cpu()) for one, other in zip(here, there, strict=True))
+    clip, other = wide_clip(), wide_clip().cuda()
+    for model, device in ((clip, CPU), (other, torch.device("cuda"))):
+        walk(model, make_optimizer(parameter_groups(model, 1e-2, {}, 0.1), BETAS, device, "bf16"), 3)
+    close(other.cpu(), clip, 1e-4)
+
+
+def test_a_parameter_without_a_gradient_stands_still():
+    clip = wide_clip()
+    optimizer = make_optimizer(parameter_groups(clip, 1e-2, {}, 0.1), BETAS, CPU, "bf16")
+    before = copy.deepcopy(clip.state_dict())
+    for name in ("text_projection", "transformer.resblocks.0.attn.in_proj_weight"):
+        clip.get_parameter(name).grad = torch.ones_like(clip.get_parameter(name))
+    optimizer.step()
+    moved = {name for name, tensor in clip.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"text_projection", "transformer.resblocks.0.attn.in_proj_weight"}
+    assert {float(moments["step"]) for moments in optimizer.state.values()} == {0.0, 1.0}
+
+
+# ---- moments in 8 bits ----------------------------------------------------------------------------------------------
+
+
+def only(library, monkeypatch):
+    pytest.importorskip(library, reason=f"needs {library.partition('.')[0]}")
+    monkeypatch.setattr(optim, "LIBRARIES", (library,))
+
+
+def two_tensors():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"weight": (64, 128), "bias": (5,)}
+    return torch.nn.ParameterDict(
+        {n: torch.nn.Parameter(torch.randn(s, generator=generator)) for n, s in shapes.items()}
+    )
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_eight_bit_moments_are_there_before_the_first_step_and_train_like_fp32(library, monkeypatch):
+    only(library, monkeypatch)
+    model, other = two_tensors(), two_tensors()
+    optimizer = make_optimizer(parameter_groups(model, 1e-2, {}, 0.1), BETAS, CPU, "8bit")
+    assert all(torch.equal(model[name], other[name]) and model[name].grad is None for name in model)
+    assert all(int(optimizer.state[parameter]["step"]) == 0 for parameter in model.values())
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([1e-2, 1e-2])
+    reference = plain(parameter_groups(other, 1e-2, {}, 0.1))
+    start = two_tensors()
+    walk(model, optimizer, 6)
+    walk(other, reference, 6)
+    for name in model:
+        ours, theirs = model[name] - start[name], other[name] - start[name]
+        assert (ours - theirs).norm() < 0.05 * theirs.norm()
+    assert torch.allclose(model["bias"], other["bias"], rtol=1e-5)  # too small to be quantised
+
+
+def test_without_a_library_eight_bits_are_refused(clip, monkeypatch):
+    monkeypatch.setattr(optim, "LIBRARIES", ("no_such_library.optim", "math"))
+    with pytest.raises(InputError, match="needs torchao or bitsandbytes, and neither is installed; run `pip install"):
+        make_optimizer(parameter_groups(clip, 1e-2, {}, 0.1), BETAS, CPU, "8bit")
+
+
+class Uncompiled(torch.optim.AdamW):
+    """A library that finds no compiler once it steps."""
+
+    def step(self, closure=None):
+        raise RuntimeError(self.problem)
+
+
+@pytest.mark.parametrize(
+    "problem", ["Cannot find a working triton installation.\nmore", "DefaultCPUAllocator: can't allocate memory"]
+)
+def test_eight_bits_that_do_not_run_here_are_refused(clip, monkeypatch, problem):
+    Uncompiled.problem = problem
+    monkeypatch.setattr(importlib, "import_module", lambda name: type("library", (), {"AdamW8bit": Uncompiled}))
+    groups = parameter_groups(clip, 1e-2, {}, 0.1)
+    if "triton" in problem:
+        with pytest.raises(
+            InputError, match="does not run on cpu: Cannot find a working triton installation.; set the"
+        ):
+            make_optimizer(groups, BETAS, CPU, "8bit")
+    else:
+        with pytest.raises(RuntimeError, match="can't allocate"):
+            make_optimizer(groups, BETAS, CPU, "8bit")

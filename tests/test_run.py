@@ -18,13 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from gmp import run as run_module
-from gmp import session, telemetry, trainer
+from gmp import session, telemetry, trainer, training_data
+from gmp import step as step_module
 from gmp.clip import CLIP, VisionTower
 from gmp.config import Anchor, RepairConfig, default_lr
 from gmp.data.captions import Picture, read_index
 from gmp.errors import InputError
-from gmp.events import finish as drain
-from gmp.features import content_keys, embed_pictures
 from gmp.geometric import fold
 from gmp.join import join, text_tower
 from gmp.layouts import read_text, read_vision, write_text
@@ -273,7 +272,7 @@ def test_a_full_disk_while_saving(start, whole, tmp_path, monkeypatch, call):
 
 
 def test_a_standing_alarm_is_not_raised_again_by_a_resumed_run(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "info_nce", lambda images, texts, *rest: (texts * torch.nan).sum())
+    monkeypatch.setattr(step_module, "contrastive", lambda images, texts, *rest, **more: (texts * torch.nan).sum())
     folder = tmp_path / "run"
     events = start(folder)
     until(events, 5)
@@ -398,7 +397,7 @@ def test_broken_pictures_are_skipped_counted_and_listed(start, inputs, pictures,
 
 
 def test_too_few_pictures_are_told_before_anything_is_done(start, inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "embed_pictures", None)
+    monkeypatch.setattr(training_data, "embed_files", None)
     for count, batch in ((26, 25), (5, 8), (1, 2)):
         index = dataclasses.replace(inputs.index, pictures=inputs.index.pictures[:count])
         config = dataclasses.replace(TEXT, batch=batch)
@@ -417,7 +416,9 @@ def test_held_out_pictures_are_never_trained_on(start, inputs, tmp_path, monkeyp
     kept = []
     original = session.train
     monkeypatch.setattr(
-        session, "train", lambda training, pairs, *a: kept.append(pairs) or original(training, pairs, *a)
+        session,
+        "train",
+        lambda training, pairs, *a, **more: kept.append(pairs) or original(training, pairs, *a, **more),
     )
     events = list(start(tmp_path / "run", dataclasses.replace(TEXT, held_out=0.3, epochs=1)))
     measured = of("measure", events)[-1]
@@ -445,17 +446,6 @@ def embedded(monkeypatch):
     return counts
 
 
-def embed(pictures, cache, tower, names=None, batch=64):
-    """Features, reasons: content_keys and embed_pictures to their end."""
-    names = names or sorted(json.loads((pictures / "captions.json").read_text()))
-
-    def both():
-        keys = yield from content_keys(pictures, names, cache)
-        return (yield from embed_pictures(tower, pictures, names, keys, cache, batch=batch))
-
-    return drain(both())
-
-
 def test_a_second_run_embeds_nothing(start, tmp_path, embedded):
     own = tmp_path / "cache"
     list(start(tmp_path / "first", cache=own))
@@ -463,83 +453,6 @@ def test_a_second_run_embeds_nothing(start, tmp_path, embedded):
     embedded.clear()
     list(start(tmp_path / "second", dataclasses.replace(TEXT, seed=3), cache=own))
     assert embedded == []
-
-
-def test_features_are_those_of_the_tower(pictures, tmp_path):
-    from gmp.data.images import load_picture, preprocess
-
-    tower = small_clip().visual
-    for _ in range(2):  # computed, then from the cache
-        found, broken = embed(pictures, tmp_path / "cache", tower, batch=7)
-        assert not broken and len(found) == PICTURES
-        for name, features in found.items():
-            with torch.no_grad():
-                expected = tower(preprocess(load_picture(pictures / name), 32)[None])[0]
-            assert torch.allclose(features, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_another_tower_has_features_of_its_own(pictures, tmp_path, embedded):
-    a, _ = embed(pictures, tmp_path / "cache", small_clip(0).visual)
-    b, _ = embed(pictures, tmp_path / "cache", small_clip(1).visual)
-    assert sum(embedded) == 2 * PICTURES
-    assert not any(torch.allclose(a[name], b[name]) for name in a)
-
-
-def test_a_changed_picture_is_embedded_again(pictures, tmp_path, embedded):
-    root, captions = copy_of(pictures, tmp_path / "pictures")
-    tower, names = small_clip().visual, sorted(captions)
-    before, _ = embed(root, tmp_path / "cache", tower)
-    embedded.clear()
-    shutil.copy(root / names[1], root / names[0])  # its content is known
-    Image.new("RGB", (64, 64), "red").save(root / names[2])
-    after, _ = embed(root, tmp_path / "cache", tower)
-    assert sum(embedded) == 1
-    assert torch.equal(after[names[0]], before[names[1]]) and not torch.equal(after[names[2]], before[names[2]])
-    assert torch.equal(after[names[3]], before[names[3]])
-
-
-@pytest.mark.parametrize("damage", ["torn", "garbage", "empty"])
-def test_a_damaged_shard_costs_time_only(pictures, tmp_path, embedded, damage):
-    tower = small_clip().visual
-    expected, _ = embed(pictures, tmp_path / "cache", tower)
-    (shard,) = (tmp_path / "cache").rglob("*.safetensors")
-    shard.write_bytes({"torn": shard.read_bytes()[:-10], "garbage": b"x" * 100, "empty": b""}[damage])
-    embedded.clear()
-    found, _ = embed(pictures, tmp_path / "cache", tower)
-    assert sum(embedded) == PICTURES
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def test_damaged_hashes_cost_time_only(pictures, tmp_path, embedded):
-    tower = small_clip().visual
-    embed(pictures, tmp_path / "cache", tower)
-    (tmp_path / "cache" / "hashes.json").write_text("{")
-    embedded.clear()
-    found, _ = embed(pictures, tmp_path / "cache", tower)
-    assert len(found) == PICTURES and embedded == []
-
-
-def test_an_interrupted_embedding_keeps_its_shards(pictures, tmp_path, embedded, monkeypatch):
-    monkeypatch.setattr("gmp.features.SHARD", 10)
-    tower = small_clip().visual
-    names = sorted(json.loads((pictures / "captions.json").read_text()))
-    keys = [f"{number:064x}" for number in range(len(names))]
-    steps = embed_pictures(tower, pictures, names, keys, tmp_path / "cache", batch=5)
-    for event in steps:
-        if event["done"] == 15:
-            steps.close()
-    embedded.clear()
-    list(embed_pictures(tower, pictures, names, keys, tmp_path / "cache", batch=5))
-    assert sum(embedded) == PICTURES - 10
-
-
-def test_whole_batches_of_broken_pictures(pictures, tmp_path):
-    root, captions = copy_of(pictures, tmp_path / "pictures")
-    names = sorted(captions)
-    for number, name in enumerate(names[:5]):
-        (root / name).write_bytes(b"no picture %d" % number)
-    found, broken = embed(root, tmp_path / "cache", small_clip().visual, batch=2)
-    assert sorted(broken) == names[:5] and sorted(found) == names[5:]
 
 
 def test_stopped_while_embedding(start, inputs, tmp_path):
@@ -795,7 +708,7 @@ def test_default_rates():
     ],
 )
 def test_settings_are_refused_before_a_picture_is_opened(start, tmp_path, monkeypatch, changes, message):
-    monkeypatch.setattr(run_module, "embed_pictures", None)
+    monkeypatch.setattr(training_data, "embed_files", None)
     with pytest.raises(InputError, match=message):
         list(start(tmp_path / "run", dataclasses.replace(TEXT, **changes)))
     assert not (tmp_path / "run" / "run.json").exists()
@@ -909,3 +822,10 @@ def test_a_cache_that_cannot_be_written_does_not_stop_a_run(start, tmp_path):
     (tmp_path / "cache").write_text("a file where a folder should be")
     events = list(start(tmp_path / "run", cache=tmp_path / "cache"))
     assert "features are not kept" in of("alarm", events)[0]["advice"] and events[-1]["type"] == "done"
+
+
+def test_a_result_says_what_memory_was_estimated_and_taken(whole):
+    memory = json.loads((whole["text"][0] / "result.json").read_text())["memory"]
+    steps = [event["memory"] for event in of("step", telemetry.read(whole["text"][0]))]
+    assert 1e5 < memory["estimate"] < 1e9
+    assert 0 <= memory["measured"] <= max(steps)

@@ -363,7 +363,8 @@ def test_the_record_has_all_that_is_documented(whole):
     step = of("step", events)[0]
     documented = {
         "type", "t", "step", "steps", "epoch", "loss", "losses", "lr", "lrs", "logit_scale", "grad_norm", "grad_norms",
-        "non_finite", "update_ratios", "text_cosine", "skipped", "pairs_per_second", "tokens_per_second", "memory",
+        "non_finite", "update_ratios", "text_cosine", "skipped", "masked", "pairs_per_second", "tokens_per_second",
+        "memory",
     }  # fmt: skip
     assert set(step) == documented
     roles = {name.rpartition(".")[2] for name in step["grad_norms"]}

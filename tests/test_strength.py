@@ -306,13 +306,13 @@ def test_of_the_pictures_that_a_run_was_trained_on_only_those_held_out_are_measu
 ):
     known, keys = with_run(repaired, inputs, inputs.index, held_out=0.3)
     embedded = []
-    embed = gmp.features.embed_pictures
+    embed = gmp.features.embed_files
 
-    def listen(tower, root, names, *rest):
+    def listen(tower, root, names, *rest, **options):
         embedded.extend(names)
-        return embed(tower, root, names, *rest)
+        return embed(tower, root, names, *rest, **options)
 
-    monkeypatch.setattr(gmp.features, "embed_pictures", listen)
+    monkeypatch.setattr(gmp.features, "embed_files", listen)
     one = measured(inputs, known, inputs.index, cache=tmp_path, strengths=even(3))
     _, held = split(inputs.index, keys, 8)  # 0.3 of 26
     assert embedded == [picture.path for picture in held.pictures] and one.pictures == len(held)

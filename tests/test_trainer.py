@@ -13,11 +13,13 @@ import torch
 from gmp import trainer
 from gmp.clip import CLIP, MAX_LOGIT_SCALE, CLIPConfig, TextConfig, VisionConfig, initialize
 from gmp.config import Anchor, RepairConfig
+from gmp.duplicates import alike
 from gmp.errors import InputError
 from gmp.gradients import layer_and_role
 from gmp.losses import anchor, info_nce
 from gmp.measure import drift
-from gmp.trainer import Pairs, begin, held_out_loss, precision_of, set_up, train
+from gmp.step import Pairs
+from gmp.trainer import begin, held_out_loss, precision_of, set_up, train
 
 CPU = torch.device("cpu")
 CONFIG = CLIPConfig(TextConfig(32, 2, 2, 64, 12, 50, 16), VisionConfig(32, 1, 2, 64, 8, 16, 16))
@@ -28,7 +30,8 @@ class Pixels:
     """Stands in for PicturesAhead: pictures that are random numbers."""
 
     def __init__(self, count):
-        self.pictures = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+        generator = torch.Generator().manual_seed(5)
+        self.pictures = torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator)
         self.asked = []
 
     def ahead(self, positions):
@@ -117,7 +120,7 @@ def test_accumulation_is_not_the_mean_over_batches():
     clip, pairs = make(), make_pairs()
     training = prepare(clip, pairs, settings(batch=12), CPU)
     pictures, choice = next(training.sampler)
-    rows = pairs.first()[pictures] + choice
+    rows = pairs.first[pictures] + choice
     for part in range(3):
         some = slice(4 * part, 4 * part + 4)
         features = clip(pairs.ids[rows[some]]).projected
@@ -134,7 +137,7 @@ def test_one_step_is_that_of_plain_torch():
     clip.visual.requires_grad_(False)
     fresh = prepare(make(), pairs, config, CPU)
     pictures, choice = next(fresh.sampler)
-    features = clip(pairs.ids[pairs.first()[pictures] + choice]).projected
+    features = clip(pairs.ids[pairs.first[pictures] + choice]).projected
     loss = info_nce(pairs.features[pictures], features, clip.logit_scale)
     loss.backward()
     named = {n: p for n, p in clip.named_parameters() if p.requires_grad}
@@ -210,7 +213,7 @@ def test_the_anchor_is_weighted_and_sees_the_full_context():
     reported = next(events)["losses"]
     pairs, clip, other = make_pairs(), make(), make(3)
     pictures, choice = next(prepare(make(), pairs, settings(), CPU).sampler)
-    ids = pairs.ids[pairs.first()[pictures] + choice][:5]
+    ids = pairs.ids[pairs.first[pictures] + choice][:5]
     with torch.no_grad():
         for one in ANCHORS:
             found, target = (getattr(tower(ids), one.read_point) for tower in (clip, other))
@@ -253,7 +256,7 @@ def test_a_run_that_only_skips_has_diverged(monkeypatch):
 def test_the_temperature_is_clamped(start_at, sign, end):
     """Captions that fit their pictures perfectly want it sharper still; the opposite of them want it blunt."""
     clip, pairs = make(), make_pairs()
-    rows = pairs.first()
+    rows = pairs.first
     with torch.no_grad():
         clip.logit_scale.fill_(start_at)
         pairs = Pairs(pairs.ids[rows], (1,) * len(COUNTS), sign * clip(pairs.ids[rows]).projected, None)
@@ -376,7 +379,7 @@ def test_the_same_seed_is_the_same_training():
 
 def test_held_out_loss():
     clip, other, pairs = make(), make(3), make_pairs()
-    first = pairs.ids[pairs.first()]
+    first = pairs.ids[pairs.first]
     config = settings(anchors=ANCHORS)
     found = held_out_loss(clip, pairs.features, first, {"original": other}, config, batch=20)
     with torch.no_grad():
@@ -390,20 +393,20 @@ def test_held_out_loss():
 
 def test_held_out_loss_of_a_broken_model_is_never_the_best():
     pairs = make_pairs()
-    found = held_out_loss(make(), pairs.features * math.nan, pairs.ids[pairs.first()], {}, settings())
+    found = held_out_loss(make(), pairs.features * math.nan, pairs.ids[pairs.first], {}, settings())
     assert found["loss"] == math.inf
 
 
 def short_of_memory(clip, most, error):
     """A CLIP whose text tower takes no more than `most` captions at a time."""
-    forward = clip.forward
+    encode_text = clip.encode_text
 
     def limited(ids):
         if len(ids) > most:
             raise error
-        return forward(ids)
+        return encode_text(ids)
 
-    clip.forward = limited
+    clip.encode_text = limited
     return clip
 
 
@@ -481,7 +484,7 @@ def test_what_a_step_tells():
     config = settings(rates={"*.r": 0.1})
     clip, pairs = make(), make_pairs()
     pictures, choice = next(prepare(make(), pairs, config, CPU).sampler)
-    ids = pairs.ids[pairs.first()[pictures] + choice]
+    ids = pairs.ids[pairs.first[pictures] + choice]
     with torch.no_grad():
         x = torch.nn.functional.normalize(clip(ids).projected, dim=-1)
     similar = x @ x.T
@@ -492,3 +495,66 @@ def test_what_a_step_tells():
     tokens = sum(row.tolist().index(49) + 1 for row in ids)
     assert event["tokens_per_second"] / event["pairs_per_second"] == pytest.approx(tokens / len(ids), rel=1e-3)
     assert event["memory"] > 0 and event["non_finite"] == 0
+
+
+def alike_pairs():
+    """Pairs of which pictures 0 to 5 are one, and so are some captions of others."""
+    pairs = make_pairs()
+    ids = pairs.ids.clone()
+    ids[pairs.first[10]] = ids[pairs.first[11]] = ids[pairs.first[20]]
+    same_picture = torch.arange(len(COUNTS)).clamp_min(5)
+    return dataclasses.replace(pairs, ids=ids, same_picture=same_picture, same_caption=alike(ids))
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_what_is_the_same_is_no_negative(accumulate):
+    config = settings(batch=24 // accumulate, accumulate=accumulate, smoothing=0.1)
+    clip, pairs = make(), alike_pairs()
+    pictures, choice = next(prepare(make(), pairs, config, CPU).sampler)
+    batch = pairs.batch(pictures, choice, pictures[:0])
+    with torch.no_grad():
+        texts = make()(batch.ids).projected
+        expected = info_nce(
+            pairs.features[pictures], texts, clip.logit_scale, 0.1, batch.same_picture, batch.same_caption
+        )
+        plain = info_nce(pairs.features[pictures], texts, clip.logit_scale, 0.1)
+    event = next(start(config, clip, pairs)[1])
+    assert event["losses"]["contrastive"] == pytest.approx(expected.item(), rel=1e-5)
+    assert abs(expected - plain) > 0.01
+    same = (batch.same_picture[:, None] == batch.same_picture) | (batch.same_caption[:, None] == batch.same_caption)
+    assert event["masked"] == (same.sum().item() - 24) // 2 >= 15
+
+
+def test_negatives_may_be_all_pictures():
+    """Of a batch of two, each caption is told from all 24 pictures."""
+    config = settings(batch=2, negatives="all")
+    pairs = alike_pairs()
+    pictures, choice = next(prepare(make(), pairs, config, CPU).sampler)
+    batch = pairs.batch(pictures, choice, pictures[:0])
+    clip = make()
+    with torch.no_grad():
+        images = torch.nn.functional.normalize(pairs.features, dim=-1)
+        texts = torch.nn.functional.normalize(make()(batch.ids).projected, dim=-1)
+        logits = clip.logit_scale.exp() * texts @ images.T
+        owners = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))
+        for row, picture in enumerate(pictures.tolist()):
+            caption = batch.same_caption[row]
+            left_out = pairs.same_picture == pairs.same_picture[picture]
+            left_out[owners[pairs.same_caption == caption]] = True
+            left_out[picture] = False
+            logits[row, left_out] = -torch.inf
+        to_image = torch.nn.functional.cross_entropy(logits, pictures)
+        own = info_nce(pairs.features[pictures], make()(batch.ids).projected, clip.logit_scale)
+        columns = clip.logit_scale.exp() * images[pictures] @ texts.T
+        if batch.same_picture[0] == batch.same_picture[1] or batch.same_caption[0] == batch.same_caption[1]:
+            columns = columns.masked_fill(~torch.eye(2, dtype=torch.bool), -torch.inf)
+        columns = torch.nn.functional.cross_entropy(columns, torch.arange(2))
+    event = next(start(config, clip, pairs)[1])
+    assert event["losses"]["contrastive"] == pytest.approx((to_image.item() + columns.item()) / 2, rel=1e-4)
+    assert event["loss"] > own.item() + 0.3
+
+
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
+def test_moments_of_either_precision_train(state):
+    losses = [event["loss"] for event in steps(start(settings(epochs=10, optimizer_state=state))[1])]
+    assert losses[-1] < losses[0] - 0.3

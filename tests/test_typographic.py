@@ -192,8 +192,8 @@ class Names:
     positional_embedding = torch.zeros(1)
     text_projection = torch.zeros(1, 2)
 
-    def __call__(self, ids):
-        return SimpleNamespace(projected=nn.functional.one_hot(ids[:, 0], 2).float())
+    def encode_text(self, ids):
+        return nn.functional.one_hot(ids[:, 0], 2).float()
 
 
 def names(prompts):
@@ -279,7 +279,7 @@ def test_written_pictures_are_those_that_write_word_draws(colours):
         with torch.no_grad():
             expected = clip.visual(preprocess(write_word(image, target.word, key, "outline"), 32)[None])[0]
             bare = clip.visual(preprocess(image, 32)[None])[0]
-        assert torch.allclose(written, expected, atol=1e-5) and torch.allclose(clean, bare, atol=1e-5)
+        assert torch.allclose(written, expected, atol=1e-5) and torch.allclose(clean, bare, rtol=2**-10)  # fp16
         assert not torch.allclose(written, clean, atol=1e-2)
 
 

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from ..layouts import TowerFile
 
 
-def read_towers(options: argparse.Namespace) -> tuple[TowerFile, TowerFile, TowerFile | None]:
-    """text tower, vision tower, and the original's text tower: of --original, or the vision file's where it has one."""
+def read_towers(options: argparse.Namespace, tell: bool = True) -> tuple[TowerFile, TowerFile, TowerFile | None]:
+    """text tower, vision tower, and the original's text tower: of --original, or the vision file's where it has one.
+
+    tell: say on standard error what the original is.
+    """
     from ..layouts import read_lender, read_text, read_vision
 
     text = read_text(options.text, options.member, options.heads, options.activation, options.end_of_text)
@@ -27,7 +30,8 @@ def read_towers(options: argparse.Namespace) -> tuple[TowerFile, TowerFile, Towe
     original, sentence = read_lender(lender, text.source.member, options.heads, options.activation)
     if options.original and original is None:
         raise InputError(f"{lender.name} was given as the original: {sentence}")
-    print(f"{lender.name}: {sentence}", file=sys.stderr)
+    if tell:
+        print(f"{lender.name}: {sentence}", file=sys.stderr)
     return text, vision, original
 
 

@@ -1,20 +1,27 @@
-"""repair: a whole repair from the command line."""
+"""repair: a whole repair from the command line, in one process or in several that torchrun starts."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from ..events import Event
+from ..events import Event, finish
 from ..terminal import Stop, show, tell
 from .runs import note_command
 from .towers import device, read_towers
 
+if TYPE_CHECKING:
+    import torch
+
+    from ..data.captions import Index
+    from ..data.tars import Tars
+
 
 def repair(options: argparse.Namespace) -> object:
     from ..config import SDXL_ANCHOR, Anchor, RepairConfig
-    from ..data.captions import read_index
+    from ..distributed import from_environment, is_first
     from ..features import default_cache
     from ..report import REPORT
     from ..run import BEST, RESULT, Inputs
@@ -34,6 +41,7 @@ def repair(options: argparse.Namespace) -> object:
         weight_decay=options.weight_decay,
         schedule=options.schedule,
         warmup=options.warmup,
+        negatives=options.negatives,
         smoothing=options.smoothing,
         clip_norm=options.clip_norm,
         geometric=not options.plain,
@@ -48,9 +56,11 @@ def repair(options: argparse.Namespace) -> object:
         keep=options.keep,
         seed=options.seed,
         checkpointing=options.checkpointing,
+        optimizer_state=options.optimizer_state,
     )
-    index = read_index(options.images, options.captions, options.allow_missing)
-    text, vision, original = read_towers(options)
+    index = _pictures(options)
+    chosen = _device(options.device)
+    text, vision, original = read_towers(options, tell=is_first())
     tokenize = tokenizer_for(text.config.context_length, text.source.member)
     inputs = Inputs(text, vision, original, index, tokenize)
     last: Event = {}
@@ -61,9 +71,12 @@ def repair(options: argparse.Namespace) -> object:
         last.update(event)
         return tell(event)
 
-    with Stop() as stop:
+    with from_environment(chosen) as group, Stop(several=group.size > 1) as stop:
         cache = options.cache or default_cache()
-        events = start(inputs, config, options.out, cache=cache, device=device(options.device), stop=stop)
+        events = start(inputs, config, options.out, cache=cache, device=chosen, stop=stop, group=group)
+        if group.rank:  # the first process speaks for all
+            finish(events)
+            return None
         show(events, hear)
     if last["type"] == "discarded":
         print(f"{options.out} was discarded")
@@ -89,6 +102,31 @@ def repair(options: argparse.Namespace) -> object:
     if result["best"] and result["best"]["step"] == 0:
         print("no step was better than the start on the held-out pictures: lower the learning rate")
     return answer | result
+
+
+def _pictures(options: argparse.Namespace) -> Index | Tars:
+    """The pictures of --images, or the tars of --data."""
+    from ..data.captions import read_index
+    from ..data.tars import find_tars
+
+    if bool(options.images) == bool(options.data):
+        raise InputError("give captioned pictures: either a folder as --images, or WebDataset tars as --data")
+    if options.data and (options.captions or options.allow_missing):
+        raise InputError("--captions and --allow-missing are for a folder of pictures; tars hold their captions")
+    if options.data:
+        return find_tars(options.data)
+    return read_index(options.images, options.captions, options.allow_missing)
+
+
+def _device(name: str | None) -> torch.device:
+    """The device that is named; of several processes on GPUs, each has its own."""
+    import torch
+
+    from ..distributed import local_device, started_alone
+
+    if name == "cuda" and not started_alone():  # looking at a GPU takes memory on it: not of the first one in each
+        return local_device(torch.device("cuda"))
+    return local_device(device(name))
 
 
 def _rate(text: str) -> tuple[str, float]:

@@ -172,7 +172,7 @@ def split(index: Index, keys: Mapping[str, str], held_out: int) -> tuple[Index, 
     copies = Counter(keys[p.path] for p in index.pictures)
     held: set[str] = set()
     count = 0
-    for key in sorted(copies, key=_draw):
+    for key in sorted(copies, key=held_out_order):
         if count + copies[key] <= held_out:
             held.add(key)
             count += copies[key]
@@ -371,7 +371,7 @@ def _fault(path: Path) -> str:
     return ""
 
 
-def _draw(key: str) -> bytes:
+def held_out_order(key: str) -> bytes:
     """A place in an order that has nothing to do with names, dates or earlier splits by the same hash."""
     return hashlib.sha256(f"held out {key}".encode()).digest()
 

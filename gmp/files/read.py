@@ -59,10 +59,10 @@ def _read_file(path: Path) -> Header:
         raise InputError(f"{path.name} is empty (0 bytes); download or save it again")
     if start.startswith(b"PK\x03\x04"):
         header = archive.read_zip(path)
-    elif start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        header = archive.read_pickle(path)
     else:
-        header = safetensors.read(path)
+        header = safetensors.read(path)  # first: a header of 1,152 bytes begins as a pickle does
+        if header is None and start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+            header = archive.read_pickle(path)
     if header is None:
         if path.name.endswith(".index.json"):
             raise InputError(f"{path.name} lists the parts of a model; give the folder that it lies in")
