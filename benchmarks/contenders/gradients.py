@@ -10,7 +10,8 @@ from torch import Tensor
 from gmp.config import RepairConfig
 from gmp.data.images import PicturesAhead, load_picture, preprocess
 from gmp.losses import info_nce
-from gmp.trainer import Pairs, begin, set_up, train
+from gmp.step import Pairs
+from gmp.trainer import begin, set_up, train
 
 from . import hugging_face, ours, seed
 from .task import Task, captions, picture_paths
@@ -59,4 +60,4 @@ def _engine(task: Task, pairs: Pairs, **settings: object) -> dict[str, Tensor]:
 def _largest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     if found.keys() != expected.keys():
         raise RuntimeError(f"gradients of {sorted(found.keys() ^ expected.keys())} on one side only")
-    return max(((found[n] - expected[n]).norm() / expected[n].norm()).item() for n in expected)
+    return torch.stack([(found[n] - expected[n]).norm() / expected[n].norm() for n in expected]).max().item()

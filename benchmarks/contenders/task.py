@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def write(folder: Path, shape: CLIPConfig, pictures: int) -> None:
     with torch.device("meta"):
         clip = CLIP(shape)
     state = initialize(clip.to_empty(device="cpu"), generator).state_dict()
-    save_file(state, folder / WEIGHTS)
+    save_file(state | {"logit_scale": torch.tensor(math.log(1 / 0.07))}, folder / WEIGHTS)
     random = np.random.default_rng(0)
     for number in range(pictures):
         colours = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(PICTURE, Image.BICUBIC)
