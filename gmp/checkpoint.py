@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from .errors import InputError
 from .files import Header, dtype_and_shape, read_header, read_json, read_tensors, write_json, write_safetensors
+from .fsdp import Part
 from .optim import set_step
 
 CHECKPOINTS = "checkpoints"  # in a run's folder
@@ -85,37 +88,55 @@ def save(
     return checkpoint
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+def restore(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parts: Mapping[str, Part] = MappingProxyType({}),
+) -> dict[str, object]:
     """Loads a checkpoint into a model and an optimizer of the same form, in place; returns its JSON state.
 
-    Raises InputError, and changes nothing, when the checkpoint belongs to other parameters or another kind of
-    optimizer.
+    parts: of parameters that are shared out over processes, by name, what is here of them and of their moments. Raises
+    InputError, and changes nothing, when the checkpoint belongs to other parameters or another kind of optimizer.
     """
     state = checkpoint.state()
-    parameters = {name: parameter.detach() for name, parameter in _saved(model).items()}
+    parameters = {
+        name: (parts[name].rows if name in parts else parameter).detach() for name, parameter in _saved(model).items()
+    }
     moments, counters = _flatten(optimizer)
     optimized = _named(optimizer)
-    weights = _fitting(checkpoint.path("model.safetensors"), parameters, "parameters")
-    saved = _fitting(checkpoint.path("optimizer.safetensors"), moments, "optimizer state")
+    weights = _fitting(checkpoint.path("model.safetensors"), parameters, "parameters", parts)
+    saved = _fitting(checkpoint.path("optimizer.safetensors"), moments, "optimizer state", parts)
     if odd := sorted(counters.keys() ^ state["optimizer"].keys()):
         raise InputError(_misfit(checkpoint.path("state.json"), "step counters", odd))
     for header, places in ((weights, parameters), (saved, moments)):
         for name, place in places.items():
-            place.copy_(read_tensors(header, [name])[name])
+            value = read_tensors(header, [name])[name]
+            if part := parts.get(_parameter(name)):
+                value = value[part.start :][: len(place)]
+            place.copy_(value)
     for name, count in state["optimizer"].items():
         set_step(optimizer.state[optimized[name]], int(count))
     return state
 
 
-def _fitting(path: Path, places: dict[str, Tensor], what: str) -> Header:
-    """A file's header. Raises InputError unless its tensors have the places' names, shapes and dtypes."""
+def _fitting(path: Path, places: dict[str, Tensor], what: str, parts: Mapping[str, Part]) -> Header:
+    """A file's header. Raises InputError unless its tensors have the names, dtypes and whole shapes of the places."""
     header = read_header(path)
     found = {name: (info.dtype, tuple(info.shape)) for name, info in header.tensors.items()}
     expected = {name: dtype_and_shape(place) for name, place in places.items()}
+    for name in expected.keys():
+        if part := parts.get(_parameter(name)):
+            expected[name] = expected[name][0], tuple(part.weight.shape)
     odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     if odd:
         raise InputError(_misfit(path, what, odd))
     return header
+
+
+def _parameter(name: str) -> str:
+    """Whose a tensor of a checkpoint is, by its name (`_flatten`)."""
+    return name.partition("|")[0]
 
 
 def _misfit(path: Path, what: str, odd: list[str]) -> str:

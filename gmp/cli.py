@@ -366,6 +366,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         help="of AdamW's two moments: fp32 (default), or rounded: bf16, half of their memory and of their part of a "
         "checkpoint; 8bit, a quarter, by torchao or bitsandbytes",
     )
+    parser.add_argument(
+        "--shard",
+        action="store_true",
+        help="with torchrun: share weights, gradients and moments out over the processes, for towers that one GPU does "
+        "not hold; the same result, some slower",
+    )
     parser.add_argument("--plain", action="store_true", help="train plain weights, no r and theta")
     parser.add_argument(
         "--precision", choices=PRECISIONS, default=default.precision, help="auto: bf16 or fp16 on a GPU, fp32 on a CPU"

@@ -6,7 +6,9 @@ The first process owns the run's folder: it decides, measures and writes. Betwee
     {"do": "embed", "start": 0}         embed your share of the pictures from this one on; then listen again
     {"do": "meet"}                      wait until all are through with that; then listen again
     {"do": "read"}                      read what all have embedded
-    {"do": "train", "step": 0}          take the next step; first the state of that step is loaded, 0 is the start
+    {"do": "restore", "step": 4}        load the state of that step; then listen again
+    {"do": "train"}                     take the next step
+    {"do": "gather"}                    send the weights that the first process has not; then listen again
     {"do": "save"}                      send the moments that the first process has not; then listen again
     {"do": "offload", "away": true}     move what is large off the device, or back; then listen again
     {"do": "end"}                       the run has ended
@@ -26,8 +28,7 @@ from .clip import TextTower
 from .config import RepairConfig
 from .distributed import Group
 from .events import Event
-from .session import move
-from .sharding import whole
+from .session import move, whole_optimizer
 from .step import Pairs
 from .trainer import Training, train
 
@@ -48,16 +49,18 @@ def follow(
     Raises InputError where a checkpoint that the first process loads cannot be read here, and `Lost` when that is gone.
     """
 
+    def restore(said: Said) -> None:
+        saved = Checkpoint(folder / CHECKPOINTS, said["step"])
+        training.restore(checkpoint.restore(saved, training.clip, training.optimizer, training.shards.parts))
+
     actions = {
         "offload": lambda said: move(training, pairs, list(teachers.values()), device, said["away"], group),
-        "save": lambda said: whole(training.optimizer, group),
+        "save": lambda said: whole_optimizer(training, group),
+        "gather": lambda said: training.shards.whole_clip(training.clip),
+        "restore": restore,
     }
-    said = listen(group, actions)
-    if said["do"] == "end":
+    if listen(group, actions)["do"] == "end":
         return
-    if said["step"]:
-        saved = Checkpoint(folder / CHECKPOINTS, said["step"])
-        training.restore(checkpoint.restore(saved, training.clip, training.optimizer))
     for event in train(training, pairs, teachers, config, device, group=group):
         yield event
         if event["type"] == "step" and listen(group, actions)["do"] == "end":

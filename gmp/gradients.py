@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +45,14 @@ def norms_by_layer(names: Sequence[str], squared: Sequence[float]) -> dict[str, 
     return {key: math.sqrt(value) if value >= 0 else value for key, value in sums.items()}
 
 
-def share_of_non_finite(grads: Sequence[Tensor]) -> float:
-    """Share of elements that are NaN or infinite, with one copy to the host."""
-    bad = torch.stack([(~grad.isfinite()).sum() for grad in grads]).sum().item()
-    return bad / sum(grad.numel() for grad in grads)
+def share_of_non_finite(grads: Sequence[Tensor], total: Callable[[Tensor], Tensor] = lambda counts: counts) -> float:
+    """Share of elements that are NaN or infinite, with one copy to the host.
+
+    total: from counts of these gradients, (2, tensors), those of all processes that have parts of them.
+    """
+    bad = torch.stack([(~grad.isfinite()).sum() for grad in grads])
+    found, elements = total(torch.stack([bad, bad.new_tensor([grad.numel() for grad in grads])])).sum(dim=1).tolist()
+    return found / elements
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], total: float, most: float) -> None:

@@ -27,6 +27,7 @@ MEASURED = 256  # captions in one pass while measuring (`measure.text_features`)
 COMPARED = 64  # captions at the full context length in one pass (`measure.drift`), and pictures in one pass
 EMBEDDED = 16  # pictures in one pass that a device should have room for; with more room there are more
 SAMPLE = 4096  # captions whose lengths stand for all
+GATHERED = 4  # copies of a shared-out block while it computes: weights and gradients, each whole and as they are sent
 LOSS_BLOCK = 1024  # rows and columns of the logits that are there at once (`contrastive.contrastive`)
 
 _PROCESS = psutil.Process()
@@ -239,14 +240,20 @@ class _Sizes:
     text: int
     vision: int
     teacher: int
-    trained: tuple[int, ...]  # of each tensor that trains
+    trained: tuple[int, ...]  # of each tensor that trains, what is on one device
+    elsewhere: int  # of weights that are shared out over processes, what is not on this device
+    shared: int  # of such weights all
+    block: int  # of the largest block of such weights
     embedding: int  # of the tokens' embedding, if it trains: its gradient is the last to come
     text_depth: int  # blocks that gradients pass through
     vision_depth: int
 
 
-def _sizes(config: CLIPConfig, settings: RepairConfig) -> _Sizes:
-    """Read off modules that take no memory. Raises InputError for rates that match no parameter."""
+def _sizes(config: CLIPConfig, settings: RepairConfig, processes: int) -> _Sizes:
+    """Read off modules that take no memory. Raises InputError for rates that match no parameter.
+
+    processes: that the blocks' weights are shared out over (`fsdp`).
+    """
     both = settings.train == "both"
     with torch.device("meta"):
         clip = CLIP(config)
@@ -258,13 +265,22 @@ def _sizes(config: CLIPConfig, settings: RepairConfig) -> _Sizes:
         groups = parameter_groups(clip, 1.0, settings.rates, 0.0)
     except ValueError as error:
         raise InputError(str(error)) from None
-    trained = tuple(parameter.numel() for group in groups for parameter in group["params"])
+    blocks = [*clip.transformer.resblocks, *(clip.visual.transformer.resblocks if both else ())]
+    shared = {parameter for block in blocks for parameter in block.parameters()} if processes > 1 else set()
+    trained = tuple(
+        _share(parameter, processes) if parameter in shared else parameter.numel()
+        for group in groups
+        for parameter in group["params"]
+    )
     vision, embedding = _count(clip.visual.parameters()), clip.token_embedding.weight
     return _Sizes(
         text=_count(clip.parameters()) - vision,
         vision=vision,
         teacher=teacher,
         trained=trained,
+        elsewhere=_count(shared) - sum(_share(parameter, processes) for parameter in shared),
+        shared=_count(shared),
+        block=max(_count(block.parameters()) for block in blocks) if shared else 0,
         embedding=embedding.numel() if embedding.requires_grad else 0,
         text_depth=_depth(clip),
         vision_depth=_depth(clip.visual),
@@ -273,6 +289,11 @@ def _sizes(config: CLIPConfig, settings: RepairConfig) -> _Sizes:
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
+
+
+def _share(parameter: nn.Parameter, processes: int) -> int:
+    """Elements of the largest share, which is of whole rows."""
+    return -(-len(parameter) // processes) * parameter[0].numel()
 
 
 def _depth(tower: nn.Module) -> int:
@@ -292,15 +313,17 @@ def estimate(
     *,
     caption_tokens: Tensor | int | None = None,
     original: bool = True,
+    processes: int = 1,
 ) -> Need:
     """What a repair takes on its device at the most, from embedding the pictures to the last step.
 
     precision: fp32, bf16 or fp16. caption_tokens: of every caption, (n,), or of the longest one, with start and end of
-    text; None is the context length. original: whether drift from an original is measured. AdamW in fp32 or bf16 is
-    taken to need nothing for itself on a CPU and on CUDA (`optim.make_optimizer`). Raises InputError for rates that
-    match no parameter.
+    text; None is the context length. original: whether drift from an original is measured. processes: that weights are
+    shared out over; it is the first one that is asked about, which measures. AdamW in fp32 or bf16 is taken to need
+    nothing for itself on a CPU and on CUDA (`optim.make_optimizer`). Raises InputError for rates that match no
+    parameter.
     """
-    sizes = _sizes(config, settings)
+    sizes = _sizes(config, settings, processes)
     return _estimate(config, settings, precision, device, _sample(caption_tokens), original, sizes)
 
 
@@ -337,7 +360,7 @@ def _estimate(
 
     teachers = {anchor.teacher for anchor in settings.anchors} | ({"original"} if original else set())
     need = Need(
-        weights=4 * (sizes.text + (sizes.vision if both or on_cpu else 0)),
+        weights=4 * (sizes.text - sizes.elsewhere + (sizes.vision if both or on_cpu else 0)),
         gradients=4 * sum(sizes.trained),
         moments=sum(moment_bytes(elements, settings.optimizer_state) for elements in sizes.trained),
         activations=0,
@@ -348,9 +371,10 @@ def _estimate(
     if settings.anchors:
         passes.append(_anchors(settings, captions, sizes))
     activations = max(kept for kept, _ in passes)
-    peaks = [peak for _, peak in passes]
-    peaks.append(_measuring(captions))
-    peaks += [_of_pictures(config.vision, COMPARED, "fp32", device).forward()] if both else []
+    open_block = GATHERED * 4 * sizes.block
+    peaks = [peak + open_block for _, peak in passes]
+    peaks.append(_measuring(captions) + 4 * sizes.shared)
+    peaks += [_of_pictures(config.vision, COMPARED, "fp32", device).forward() + 4 * sizes.shared] if both else []
     largest = max(sizes.trained, default=0)
     peaks.append(12 * largest)  # how far the largest tensor has moved
     if device.type != "cuda":  # weights as they were before the step; where there is no room for them they are left out
@@ -517,13 +541,14 @@ def check(
     *,
     caption_tokens: Tensor | int | None = None,
     original: bool = True,
+    processes: int = 1,
 ) -> Need:
     """What `estimate` says, if that fits into `free` bytes with some reserve, or if `free` is not known.
 
     Raises InputError where it does not fit: what takes how much, and what fits: in smaller pieces and with
     checkpointing, which give the same result, and with fewer bits for the moments, which does not to the last digit.
     """
-    sizes, known = _sizes(config, settings), _sample(caption_tokens)
+    sizes, known = _sizes(config, settings, processes), _sample(caption_tokens)
 
     def need_of(changed: RepairConfig, place: torch.device = device) -> Need:
         return _estimate(config, changed, precision, place, known, original, sizes)
@@ -664,7 +689,7 @@ def move(
     modules: Iterable[nn.Module],
     optimizer: torch.optim.Optimizer | None,
     device: torch.device,
-    staying: nn.Module | None = None,
+    staying: Iterable[nn.Module] = (),
 ) -> None:
     """Moves parameters, buffers and optimizer state in place, but for those of `staying`; gradients are dropped.
 
@@ -672,7 +697,7 @@ def move(
     beside the parameters (`fused`, `capturable`; torch/optim/adam.py `_init_group`). A move that ended for lack of
     memory can be made again, in either direction.
     """
-    stays = {id(tensor) for tensor in (*staying.parameters(), *staying.buffers())} if staying else set()
+    stays = {id(tensor) for module in staying for tensor in (*module.parameters(), *module.buffers())}
     for module in modules:
         for parameter in module.parameters():
             parameter.grad = None
@@ -682,6 +707,7 @@ def move(
     for group in optimizer.param_groups if optimizer else ():
         beside = group.get("fused") or group.get("capturable")
         for parameter in group["params"]:
+            parameter.grad = None
             state = optimizer.state.get(parameter, {})
             for key, value in state.items():
                 if torch.is_tensor(value) and (key != "step" or beside):

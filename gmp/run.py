@@ -43,6 +43,7 @@ from .events import Event, Result, finish
 from .evidence import EVIDENCE, THUMBNAILS
 from .files import write_json
 from .followers import follow, listen
+from .fsdp import Shards, check_shards
 from .history import SNAPSHOT
 from .join import Joined, join, text_tower, unlike
 from .layouts import TowerFile
@@ -225,6 +226,7 @@ def repair(
     busy: Callable[[], bool] = lambda: False,
     make_room: Callable[[int], None] = lambda needed: None,
     group: Group = ALONE,
+    sharded: bool = False,
 ) -> Iterator[Event]:
     """Runs or resumes a repair in `folder`; the last event is `done`, `stopped` or `discarded`.
 
@@ -232,6 +234,7 @@ def repair(
     then waits for. make_room: asks for so many free bytes on the device. What others want comes by `control.send`.
     group: the processes that share every step; all call this alike, with a folder and a cache that all of them see. The
     first one owns the folder; of the others only steps are heard, and what they are asked for counts for nothing.
+    sharded: whether they share the weights out as well (`fsdp`), which changes neither the result nor its checkpoints.
 
     Everything that can be known before training is checked first. A stopped run has saved its step. Raises InputError
     for inputs that do not work, for a folder of another run, when another process is at work in the folder, and when
@@ -242,8 +245,11 @@ def repair(
             f"a step of {config.step_pairs} pairs cannot be shared by {group.size} processes; start fewer, or make the "
             "batch larger"
         )
+    if sharded:
+        check_shards(config, precision_of(config.precision, device), group)
+    shards = Shards(group) if sharded else Shards()
     if group.rank:
-        yield from _beside(inputs, config, folder, cache, device, group)
+        yield from _beside(inputs, config, folder, cache, device, group, shards)
         return
     _check_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -252,7 +258,7 @@ def repair(
     with own(folder, place):
         control = Control(folder, stop, busy)
         try:
-            for event in _repair(inputs, config, folder, cache, device, control, make_room, group):
+            for event in _repair(inputs, config, folder, cache, device, control, make_room, group, shards):
                 event["t"] = round(time.time(), 3)
                 again = event["type"] == "progress" or event.get("resumed")  # nothing happened
                 if not again and (folder / "run.json").exists():
@@ -289,6 +295,7 @@ def _repair(
     control: Control,
     make_room: Callable[[int], None],
     group: Group,
+    shards: Shards,
 ) -> Iterator[Event]:
     keys = yield from _interruptible(picture_keys(inputs.index, cache), control, folder)
     if keys is None:
@@ -310,7 +317,7 @@ def _repair(
     with line.Place(line.device_name(device), folder) as place:
         if (yield from _wait(place, control, folder)):
             yield from _trained(
-                inputs, joined, keys, config, precision, folder, cache, device, control, make_room, group
+                inputs, joined, keys, config, precision, folder, cache, device, control, make_room, group, shards
             )
 
 
@@ -365,13 +372,15 @@ def _trained(
     control: Control,
     make_room: Callable[[int], None],
     group: Group,
+    shards: Shards,
 ) -> Iterator[Event]:
     """A run whose turn it is: from the joined CLIP to the result."""
     before = memory.used(device)
-    need = _check_memory(inputs, joined, config, precision, device, make_room)
-    clip = joined.build().to(device)
-    optimizer = set_up(clip, config, device)
-    shard(optimizer, group)
+    need = _check_memory(inputs, joined, config, precision, device, make_room, shards)
+    clip = joined.build()
+    optimizer = set_up(clip, config, device, shards)
+    if not shards:
+        shard(optimizer, group)
     write_json(joined.as_json(), folder / "join.json")
     difference = inputs.original and unlike(inputs.text, inputs.original)
     notes = [f"drift is not measured: {difference}"] if difference else []
@@ -379,7 +388,7 @@ def _trained(
 
     if group.size > 1:
         group.broadcast_json({"do": "prepare"})
-        group.same(describe_run(inputs, keys, config))
+        group.same(describe_run(inputs, keys, config) | {"sharding": bool(shards)})
         if not (yield from _interruptible(embed_together(inputs, clip, keys, config, cache, group), control, folder)):
             return
     data = yield from _interruptible(training_data(inputs, clip, keys, config, cache), control, folder)
@@ -395,7 +404,7 @@ def _trained(
     reference = teachers.get("original")
     if inputs.original and not difference and not reference:
         reference = text_tower(inputs.original, joined).to(device)
-    training = begin(clip, optimizer, data.pairs.counts, config, device, data.sampler)
+    training = begin(clip, optimizer, data.pairs.counts, config, device, data.sampler, shards)
     texts = inputs.tokenize([prompt.text for prompt in prompts()]).ids
     files = _metadata(folder, joined)
     scene = Scene(data.pairs, data.held, teachers, reference, joined.state, files, texts, joined.sources)
@@ -409,18 +418,25 @@ def _trained(
 
 
 def _beside(
-    inputs: Inputs, config: RepairConfig, folder: Path, cache: Path, device: torch.device, group: Group
+    inputs: Inputs,
+    config: RepairConfig,
+    folder: Path,
+    cache: Path,
+    device: torch.device,
+    group: Group,
+    shards: Shards,
 ) -> Iterator[Event]:
     """A process beside the first one. It begins when that has hashed all pictures, and reads what all have embedded."""
     if listen(group)["do"] == "end":
         return
     keys = finish(picture_keys(inputs.index, cache))
-    group.same(describe_run(inputs, keys, config))
+    group.same(describe_run(inputs, keys, config) | {"sharding": bool(shards)})
     joined = join(inputs.text, inputs.vision, inputs.original)
-    _check_memory(inputs, joined, config, precision_of(config.precision, device), device, lambda needed: None)
-    clip = joined.build().to(device)
-    optimizer = set_up(clip, config, device)
-    shard(optimizer, group)
+    _check_memory(inputs, joined, config, precision_of(config.precision, device), device, lambda needed: None, shards)
+    clip = joined.build()
+    optimizer = set_up(clip, config, device, shards)
+    if not shards:
+        shard(optimizer, group)
     actions = {
         "embed": lambda said: finish(embed_piece(inputs, clip, keys, cache, said["start"], group)),
         "meet": lambda said: group.barrier(),
@@ -431,7 +447,7 @@ def _beside(
     if config.train == "text":
         clip.visual.cpu()
     teachers = {name: tower.to(device) for name, tower in _teachers(inputs, joined, config).items()}
-    training = begin(clip, optimizer, data.pairs.counts, config, device, data.sampler)
+    training = begin(clip, optimizer, data.pairs.counts, config, device, data.sampler, shards)
     try:
         group.barrier()
         yield from follow(training, data.pairs, teachers, config, folder, device, group)
@@ -447,9 +463,11 @@ def _check_memory(
     precision: str,
     device: torch.device,
     make_room: Callable[[int], None],
+    shards: Shards,
 ) -> memory.Need:
     """Raises InputError when the training would not fit into what is free on its device."""
     known = {"caption_tokens": caption_tokens(inputs), "original": inputs.original is not None}
+    known |= {"processes": shards.group.size}
     make_room(memory.estimate(joined.config, config, precision, device, **known).total)
     return memory.check(joined.config, config, precision, device, memory.free(device), **known)
 

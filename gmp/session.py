@@ -9,6 +9,7 @@ import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -80,6 +81,7 @@ class Session:
         self.best: dict[str, object] | None = None  # step 0: no step was better than the start
         self._waited = 0  # measurements since the best one, those that were asked for by hand not counted
         self._saved: int | None = None
+        self._gathered: CLIP | None = None  # see `_clip`
         self._actions = {"measure": self.measure, "save": self.save}
 
     def events(self) -> Iterator[Event]:
@@ -112,33 +114,45 @@ class Session:
             if control.ends:
                 if self._saved != training.step:
                     yield from self.save()
-                export_text(training.clip, self.folder / RESULT, self._metadata())
+                export_text(self._clip(), self.folder / RESULT, self._metadata())
                 yield {"type": "stopped", "step": training.step, "steps": training.total_steps}
                 return
             self._go_on()
         yield from self._finish()
 
     def _go_on(self) -> None:
-        self.group.broadcast_json({"do": "train", "step": self.training.step})
+        self._gathered = None
+        self.group.broadcast_json({"do": "train"})
+
+    def _clip(self) -> CLIP:
+        """The trained CLIP as it is now; where its weights are shared out, a whole one, kept until the next step."""
+        training = self.training
+        if not training.shards:
+            return training.clip
+        if self._gathered is None:
+            self.group.broadcast_json({"do": "gather"})
+            self._gathered = training.shards.whole_clip(training.clip)
+        return self._gathered
 
     def measure(self) -> Iterator[Event]:
         """A `measure` event, and what it sets off, if there are pairs to measure on. Keeps the best encoder."""
         held, training = self.scene.held, self.training
         if not len(held.index):
             return
-        features = held.image_features(training.clip)
+        clip = self._clip()
+        features = held.image_features(clip)
         first = first_captions(held.index.caption_counts)
-        losses = held_out_loss(training.clip, features, held.ids[first], self.scene.teachers, self.config)
-        values = measure_tower(training.clip, features, held.ids, held.index.owners(), self.scene.reference)
+        losses = held_out_loss(clip, features, held.ids[first], self.scene.teachers, self.config)
+        values = measure_tower(clip, features, held.ids, held.index.owners(), self.scene.reference)
         worth = goodness(self.config.best_by, losses, values)
         if self.best is None or worth > self.best["worth"]:
             if self.best is not None:
-                export_text(training.clip, self.folder / BEST, self._metadata())
+                export_text(clip, self.folder / BEST, self._metadata())
             loss = losses["loss"] if math.isfinite(losses["loss"]) else sys.float_info.max
             self.best = {"step": training.step, "by": self.config.best_by, "worth": worth, "loss": loss}
             self._waited = 0
         event = {"type": "measure", "step": training.step, "held_out": losses} | values
-        yield event | {"moved": moved(training.clip, self.scene.start)}
+        yield event | {"moved": moved(clip, self.scene.start)}
         yield from self.alarms.hear(event)
 
     def _measure_in_turn(self) -> Iterator[Event]:
@@ -151,13 +165,13 @@ class Session:
 
     def save(self) -> Iterator[Event]:
         """A checkpoint, and a snapshot of the history beside it, so that long runs are opened quickly."""
-        training = self.training
+        training, clip = self.training, self._clip()
         self.group.broadcast_json({"do": "save"})
         checkpoint.save(
             self.folder / CHECKPOINTS,
             training.step,
-            training.clip,
-            whole(training.optimizer, self.group),
+            clip,
+            whole_optimizer(training, self.group),
             training.state() | {"best": self.best, "waited": self._waited},
             self.config.keep,
             self.scene.metadata,
@@ -175,12 +189,13 @@ class Session:
             yield from self.measure()
             return
         try:
-            state = checkpoint.restore(saved[-1], training.clip, training.optimizer)
+            state = checkpoint.restore(saved[-1], training.clip, training.optimizer, training.shards.parts)
         except InputError as error:
             older = f"go on from step {saved[-2].step}" if len(saved) > 1 else "start over"
             files = saved[-1].path("*")
             raise InputError(f"The newest checkpoint is damaged: {error}. Delete {files} to {older}") from None
         training.restore(state)
+        self.group.broadcast_json({"do": "restore", "step": training.step})
         self.best, self._waited = state["best"], state["waited"]
         yield {"type": "resume", "step": training.step} | steps
         for event in _remembered(folder):
@@ -188,14 +203,14 @@ class Session:
 
     def _finish(self) -> Iterator[Event]:
         training, folder = self.training, self.folder
-        export_text(training.clip, folder / RESULT, self._metadata())
+        export_text(self._clip(), folder / RESULT, self._metadata())
         yield from self._gather()
         if self.control.ends:  # there is no result.json yet: the run goes on from its last step, and finishes then
             kind = "discarded" if self.control.discards else "stopped"
             yield {"type": kind, "step": training.step, "steps": training.total_steps}
             return
         if self.config.train == "both":
-            state = {name: tensor.cpu() for name, tensor in training.clip.state_dict().items()}
+            state = {name: tensor.cpu() for name, tensor in self._clip().state_dict().items()}
             path, metadata = folder / "clip.safetensors", self.scene.metadata
             write_clip(state, path, layout="openai", config=training.clip.config, metadata=metadata)
         result = {
@@ -238,7 +253,7 @@ class Session:
                 return
 
     def _evidence(self) -> Iterator[Event]:
-        scene, training, clip = self.scene, self.training, self.training.clip
+        scene, training, clip = self.scene, self.training, self._clip()
         broken = load(TextTower, clip.text_config, text_part(scene.start)).requires_grad_(False).to(self.device)
         towers = {"broken": broken, "repaired": clip}
         if scene.reference is not None:
@@ -260,7 +275,7 @@ class Session:
 
     def _images(self, towers: Mapping[str, TextTower]) -> Generator[Event, None, dict[str, Tensor]]:
         """The held-out pictures as the vision tower of each text tower sees them: only the repaired one's has moved."""
-        held, clip = self.scene.held, self.training.clip
+        held, clip = self.scene.held, self._clip()
         if held.features is not None or not len(held.index):
             return dict.fromkeys(towers, held.features)
         vision = (
@@ -289,6 +304,7 @@ class Session:
         return self.scene.metadata | {"step": str(self.training.step)}
 
     def _offload(self, away: bool) -> None:
+        self._gathered = None
         self.group.broadcast_json({"do": "offload", "away": away})
         reference = [self.scene.reference] if self.scene.reference else []
         towers = [*self.scene.teachers.values(), *reference]
@@ -298,12 +314,24 @@ class Session:
 def move(
     training: Training, pairs: Pairs, towers: Sequence[TextTower], device: torch.device, away: bool, group: Group
 ) -> None:
-    """Moves a training and towers beside it from their device to the CPU, or back."""
-    locked = None if pairs.pixels else training.clip.visual  # it is on the CPU already
+    """Moves a training and towers beside it from their device to the CPU, or back.
+
+    Weights that are shared out stay: FSDP has them in memory of its own.
+    """
+    clip, optimizer, shards = training.clip, training.optimizer, training.shards
+    staying = [] if pairs.pixels else [clip.visual]  # a locked one is on the CPU already
+    staying += [clip.transformer, clip.visual.transformer] if shards else []
     place = torch.device("cpu") if away else device
-    memory.move([training.clip, *towers], own(training.optimizer, group), place, locked)
+    memory.move([clip, *towers], optimizer if shards else own(optimizer, group), place, staying)
     if away:
         memory.release(device)
+
+
+def whole_optimizer(training: Training, group: Group) -> torch.optim.Optimizer | SimpleNamespace:
+    """The optimizer's groups and state with all moments, in the first process. All processes call it."""
+    if training.shards:
+        return training.shards.whole_optimizer(training.optimizer)
+    return whole(training.optimizer, group)
 
 
 def goodness(by: str, losses: Mapping[str, float], values: Mapping[str, object]) -> float:

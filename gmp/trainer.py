@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from .data.sampler import Sampler
 from .data.shard_sampler import ShardSampler
 from .distributed import ALONE, Group
 from .errors import InputError
+from .fsdp import Shards
 from .geometric import is_mlp, to_geometric
 from .gradients import clip_gradients, norms_by_layer, share_of_non_finite, squares
 from .losses import anchor, info_nce
@@ -46,6 +47,7 @@ class Training:
     step: int = 0  # optimizer steps taken or skipped
     skipped: int = 0
     skipped_in_a_row: int = 0
+    shards: Shards = field(default_factory=Shards)  # what of the CLIP is shared out over processes
 
     def state(self) -> dict[str, object]:
         """What a checkpoint keeps beside weights and optimizer. Schedule and random order follow from it."""
@@ -76,9 +78,12 @@ def precision_of(name: str, device: torch.device) -> str:
     return "fp32"
 
 
-def set_up(clip: CLIP, config: RepairConfig, device: torch.device) -> torch.optim.Optimizer:
+def set_up(
+    clip: CLIP, config: RepairConfig, device: torch.device, shards: Shards | None = None
+) -> torch.optim.Optimizer:
     """Chooses what trains, splits the MLPs into r and theta, in place, and makes the optimizer.
 
+    shards: share the weights out before there are moments, and are about this CLIP from then on.
     Raises InputError for settings that this model or device cannot have.
     """
     precision_of(config.precision, device)
@@ -88,7 +93,8 @@ def set_up(clip: CLIP, config: RepairConfig, device: torch.device) -> torch.opti
     if config.geometric:
         clip.to("meta" if device.type == "meta" else "cpu")  # split in fp64, which some devices lack
         to_geometric(clip, lambda name: is_mlp(name) and (config.train == "both" or not name.startswith("visual.")))
-    clip.to(device)
+    if not shards:
+        clip.to(device)
     lr = config.rate(clip.text_config.width)
     try:
         groups = parameter_groups(clip, lr, config.rates, config.weight_decay)
@@ -97,6 +103,8 @@ def set_up(clip: CLIP, config: RepairConfig, device: torch.device) -> torch.opti
     if not groups:
         raise InputError("every parameter is frozen: no rate is above 0")
     set_checkpointing(clip, config.checkpointing)
+    if shards:
+        shards.share_out(clip, groups, device, config.train == "both")
     return make_optimizer(groups, config.betas, device, config.optimizer_state, config.seed)
 
 
@@ -107,14 +115,17 @@ def begin(
     config: RepairConfig,
     device: torch.device,
     sampler: ShardSampler | None = None,
+    shards: Shards | None = None,
 ) -> Training:
     """A training at step 0; counts: captions of each picture; sampler: that of shards, where the pictures lie in such.
 
+    shards: as `set_up` was given.
     Raises InputError for fewer pairs than a step takes.
     """
     scaler = torch.amp.GradScaler(device.type, enabled=precision_of(config.precision, device) == "fp16")
     sampler = sampler or Sampler(counts, config.step_pairs, config.seed)
-    return Training(clip, optimizer, scaler, sampler, config.epochs * sampler.batches_per_epoch, config.batch)
+    steps = config.epochs * sampler.batches_per_epoch
+    return Training(clip, optimizer, scaler, sampler, steps, config.batch, shards=shards or Shards())
 
 
 def train(
@@ -134,7 +145,7 @@ def train(
     but non-finite gradients for `MOST_SKIPS` steps.
     """
     clip, optimizer = training.clip, training.optimizer
-    named = {n: p for n, p in clip.named_parameters() if p.requires_grad}
+    named = {n: p for n, p in training.shards.here(clip).items() if p.requires_grad}
     warmup = round(config.warmup * training.total_steps)
     while training.step < training.total_steps:
         start = time.monotonic()
@@ -218,7 +229,10 @@ def _backward(
         if size == 1 or group.size > 1 or not is_out_of_memory(error):
             raise  # processes that wait for each other cannot take a step again alone
         return None
-    group.sum_gradients([p for p in clip.parameters() if p.requires_grad], whole=[clip.logit_scale])
+    training.shards.take_gradients()
+    shared = training.shards.parts
+    summed = [p for n, p in clip.named_parameters() if p.requires_grad and n not in shared]
+    group.sum_gradients(summed, whole=[clip.logit_scale])
     return replace(figures, losses=figures.losses | losses)
 
 
@@ -229,12 +243,14 @@ def _step(
 
     looks: also at the size of the updates.
     """
-    clip, scaler = training.clip, training.scaler
+    clip, scaler, shards = training.clip, training.scaler, training.shards
     scaler.unscale_(training.optimizer)
     found = {name: p for name, p in named.items() if p.grad is not None}
-    parameters = list(found.values())
+    names, parameters = list(found), list(found.values())
+    grads = [p.grad for p in parameters]
     scalars = torch.stack([*figures.losses.values(), figures.text_cosine, clip.logit_scale.detach()]).float()
-    numbers = torch.cat([squares([p.grad for p in parameters]), scalars]).tolist()
+    squared = shards.sum(names, squares(grads))
+    numbers = torch.cat([squared, scalars]).tolist()
     of_grads, values = numbers[: len(found)], numbers[len(found) :]
     grad_norm, finite = math.sqrt(sum(of_grads)), math.isfinite(sum(of_grads))
     ratios, scale = {}, values[-1]
@@ -247,8 +263,8 @@ def _step(
         if clip.logit_scale.requires_grad:
             scale = clip.logit_scale.item()
         training.skipped_in_a_row = 0
-        if before is not None:
-            ratios = _update_ratios(list(found), before, parameters)
+        if looks and not shards.group.any(before is None):  # they are summed by all processes or by none
+            ratios = _update_ratios(names, before, parameters, shards)
     else:
         training.skipped += 1
         training.skipped_in_a_row += 1
@@ -258,8 +274,8 @@ def _step(
         text_cosine=values[-2],
         logit_scale=scale,
         grad_norm=grad_norm,
-        grad_norms=norms_by_layer(list(found), of_grads),
-        non_finite=0.0 if finite else share_of_non_finite([p.grad for p in parameters]),
+        grad_norms=norms_by_layer(names, of_grads),
+        non_finite=0.0 if finite else share_of_non_finite(grads, lambda counts: shards.sum(names, counts)),
         update_ratios=ratios,
     )
 
@@ -276,11 +292,13 @@ def _copies(parameters: Sequence[nn.Parameter]) -> list[Tensor] | None:
 
 
 @torch.no_grad()
-def _update_ratios(names: Sequence[str], before: list[Tensor], parameters: Sequence[nn.Parameter]) -> dict[str, float]:
+def _update_ratios(
+    names: Sequence[str], before: list[Tensor], parameters: Sequence[nn.Parameter], shards: Shards
+) -> dict[str, float]:
     """‖update‖ / ‖weight‖ by layer and role; `before` is used up."""
     weights = squares(before)
     torch._foreach_sub_(before, list(parameters))
-    moved, stood = torch.stack([squares(before), weights]).tolist()
+    moved, stood = shards.sum(names, torch.stack([squares(before), weights])).tolist()
     moved, stood = norms_by_layer(names, moved), norms_by_layer(names, stood)
     return {key: moved[key] / stood[key] for key in moved if stood[key] > 0}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import signal
 import sys
@@ -24,12 +25,15 @@ from gmp.data.captions import read_index
 from gmp.data.tars import find_tars
 from gmp.distributed import ALONE, Group, Lost, from_environment
 from gmp.errors import InputError
+from gmp.fsdp import Shards
+from gmp.geometric import to_geometric
+from gmp.gradients import share_of_non_finite, squares
 from gmp.layouts import read_text, read_vision
 from gmp.losses import info_nce
 from gmp.optim import make_optimizer, parameter_groups
 from gmp.run import Inputs, repair
 from gmp.sharding import shard, whole
-from tests.small import tokenize
+from tests.small import small_clip, tokenize
 
 CPU = torch.device("cpu")
 PAIRS, WIDTH = 11, 6  # no number of processes divides them evenly
@@ -157,6 +161,38 @@ def grow(model: torch.nn.Module, step: int) -> None:
         parameter.grad = numbers(*parameter.shape, seed=1000 * (step + 1) + n)
 
 
+def shards(group: Group, folder: Path) -> dict[str, torch.Tensor]:
+    """A CLIP whose blocks are shared out: what is here of it, what it is as a whole, and figures over all processes."""
+    clip = split_clip()
+    groups = parameter_groups(clip, 1e-2, {"transformer.resblocks.0.ln_*": 0.0}, 0.1)
+    out = Shards(group)
+    out.share_out(clip, groups, CPU, both=False)
+    assert {name for one in groups for name in one["names"]} & out.parts.keys()
+    here = out.here(clip)
+    assert all(p is here[name] for one in groups for name, p in zip(one["names"], one["params"], strict=True))
+    whole = out.whole_clip(clip)
+    assert (whole is clip) == (group.rank > 0)
+    found = {f"here.{name}": part.rows.detach() for name, part in out.parts.items()}
+    if group.rank == 0:
+        assert not {type(block).__name__ for block in whole.transformer.resblocks} - {"Block"}
+        found |= {f"whole.{name}": p.detach().clone() for name, p in whole.named_parameters()}
+        found |= {f"trains.{name}": torch.tensor(p.requires_grad) for name, p in whole.named_parameters()}
+    names = [name for name, p in here.items() if p.requires_grad]
+    grads = [here[name].detach().clone() for name in names]
+    found["squares"] = out.sum(names, squares(grads))
+    if group.rank == 1:
+        grads[names.index("transformer.resblocks.1.mlp.c_fc.theta")][0, :2] = math.nan
+    found["broken"] = out.sum(names, squares(grads))
+    found["share"] = torch.tensor(share_of_non_finite(grads, lambda counts: out.sum(names, counts)))
+    return found
+
+
+def split_clip() -> torch.nn.Module:
+    clip = small_clip()
+    to_geometric(clip)
+    return clip
+
+
 def large(group: Group, folder: Path) -> dict[str, torch.Tensor]:
     """Gradients of many sizes, so that there are buckets of several and of one."""
     sizes = [(3000, 3000), (5,), (2000, 2000), (1, 1), (2000, 2001), (7, 3)]
@@ -208,7 +244,8 @@ def moments() -> int:
 def run(group: Group, folder: Path) -> dict[str, torch.Tensor]:
     """The repair that `order.json` names; each process writes down what it has heard.
 
-    `at`: what the first process does in a step. `kills`: a process kills itself in a step of its first life.
+    `at`: what the first process does in a step. `kills`: a process kills itself in a step of its first life. `sharded`:
+    which processes share out their weights.
     """
     order = json.loads((folder / "order.json").read_text())
     original, pictures = Path(order["original"]), Path(order["pictures"])
@@ -216,6 +253,7 @@ def run(group: Group, folder: Path) -> dict[str, torch.Tensor]:
     inputs = Inputs(read_text(Path(order["ruined"])), read_vision(original), read_text(original), index, tokenize)
     settings = order["config"] | ({"seed": 1} if str(group.rank) in order.get("other", "") else {})
     config, out = RepairConfig.from_json(settings), folder / "run"
+    sharded = str(group.rank) in order.get("sharded", "")
     events, asked = [], threading.Event()
     life = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}.{group.rank}"
 
@@ -243,7 +281,7 @@ def run(group: Group, folder: Path) -> dict[str, torch.Tensor]:
 
     try:
         for event in repair(
-            inputs, config, out, cache=Path(order["cache"]), device=CPU, stop=asked.is_set, group=group
+            inputs, config, out, cache=Path(order["cache"]), device=CPU, stop=asked.is_set, group=group, sharded=sharded
         ):
             hear(event)
     except InputError as error:
@@ -254,7 +292,7 @@ def run(group: Group, folder: Path) -> dict[str, torch.Tensor]:
     return {}
 
 
-CASES = {case.__name__: case for case in (pieces, contrastive, losses, adam, large, unlike, dies, hangs, run)}
+CASES = {case.__name__: case for case in (pieces, contrastive, losses, adam, shards, large, unlike, dies, hangs, run)}
 
 
 def main(case: str, folder: str) -> None:

@@ -850,6 +850,6 @@ def test_what_stays_is_not_moved(monkeypatch):
     clip = initialize(CLIP(SMALL), torch.Generator().manual_seed(0))
     moved = []
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: moved.append(tensor.data_ptr()) or tensor)
-    move([clip], None, CPU, staying=clip.visual)
+    move([clip], None, CPU, staying=[clip.visual])
     names = {tensor.data_ptr(): name for name, tensor in clip.named_parameters()}
     assert {names[one] for one in moved} == {name for name in names.values() if not name.startswith("visual.")}

@@ -73,7 +73,8 @@ def repair(options: argparse.Namespace) -> object:
 
     with from_environment(chosen) as group, Stop(several=group.size > 1) as stop:
         cache = options.cache or default_cache()
-        events = start(inputs, config, options.out, cache=cache, device=chosen, stop=stop, group=group)
+        given = {"cache": cache, "device": chosen, "stop": stop, "group": group, "sharded": options.shard}
+        events = start(inputs, config, options.out, **given)
         if group.rank:  # the first process speaks for all
             finish(events)
             return None
