@@ -51,8 +51,9 @@ from .owner import LOCK, OWNER, own, owner
 from .prompts import prompts
 from .session import BEST, RESULT, Scene, Session
 from .sharding import shard
-from .trainer import begin, precision_of, set_up
+from .trainer import Training, begin, precision_of, set_up
 from .training_data import (
+    Data,
     Inputs,
     caption_tokens,
     check_source,
@@ -377,10 +378,7 @@ def _trained(
     """A run whose turn it is: from the joined CLIP to the result."""
     before = memory.used(device)
     need = _check_memory(inputs, joined, config, precision, device, make_room, shards)
-    clip = joined.build()
-    optimizer = set_up(clip, config, device, shards)
-    if not shards:
-        shard(optimizer, group)
+    clip, optimizer = _made(joined, config, device, group, shards)
     write_json(joined.as_json(), folder / "join.json")
     difference = inputs.original and unlike(inputs.text, inputs.original)
     notes = [f"drift is not measured: {difference}"] if difference else []
@@ -398,13 +396,10 @@ def _trained(
     yield {"type": "dataset"} | data.report
     group.broadcast_json({"do": "read"})
 
-    if config.train == "text":
-        clip.visual.cpu()  # its work is done
-    teachers = {name: tower.to(device) for name, tower in _teachers(inputs, joined, config).items()}
+    training, teachers = _begun(inputs, joined, clip, optimizer, data, config, device, shards)
     reference = teachers.get("original")
     if inputs.original and not difference and not reference:
         reference = text_tower(inputs.original, joined).to(device)
-    training = begin(clip, optimizer, data.pairs.counts, config, device, data.sampler, shards)
     texts = inputs.tokenize([prompt.text for prompt in prompts()]).ids
     files = _metadata(folder, joined)
     scene = Scene(data.pairs, data.held, teachers, reference, joined.state, files, texts, joined.sources)
@@ -433,10 +428,7 @@ def _beside(
     group.same(describe_run(inputs, keys, config) | {"sharding": bool(shards)})
     joined = join(inputs.text, inputs.vision, inputs.original)
     _check_memory(inputs, joined, config, precision_of(config.precision, device), device, lambda needed: None, shards)
-    clip = joined.build()
-    optimizer = set_up(clip, config, device, shards)
-    if not shards:
-        shard(optimizer, group)
+    clip, optimizer = _made(joined, config, device, group, shards)
     actions = {
         "embed": lambda said: finish(embed_piece(inputs, clip, keys, cache, said["start"], group)),
         "meet": lambda said: group.barrier(),
@@ -444,16 +436,43 @@ def _beside(
     if listen(group, actions)["do"] == "end":
         return
     data = finish(training_data(inputs, clip, keys, config, cache))
-    if config.train == "text":
-        clip.visual.cpu()
-    teachers = {name: tower.to(device) for name, tower in _teachers(inputs, joined, config).items()}
-    training = begin(clip, optimizer, data.pairs.counts, config, device, data.sampler, shards)
+    training, teachers = _begun(inputs, joined, clip, optimizer, data, config, device, shards)
     try:
         group.barrier()
         yield from follow(training, data.pairs, teachers, config, folder, device, group)
     finally:
         if data.pairs.pixels:
             data.pairs.pixels.close()
+
+
+def _made(
+    joined: Joined, config: RepairConfig, device: torch.device, group: Group, shards: Shards
+) -> tuple[CLIP, torch.optim.Optimizer]:
+    """The CLIP to train and its optimizer, of which several processes share weights, or moments at least."""
+    clip = joined.build()
+    optimizer = set_up(clip, config, device, shards)
+    if not shards:
+        shard(optimizer, group)
+    return clip, optimizer
+
+
+def _begun(
+    inputs: Inputs,
+    joined: Joined,
+    clip: CLIP,
+    optimizer: torch.optim.Optimizer,
+    data: Data,
+    config: RepairConfig,
+    device: torch.device,
+    shards: Shards,
+) -> tuple[Training, dict[str, TextTower]]:
+    """A training at step 0, and the teachers of its anchors, on the device."""
+    if config.train == "text":
+        clip.visual.cpu()  # its work is done
+    files = {"original": inputs.original, "broken": inputs.text}
+    names = sorted({anchor.teacher for anchor in config.anchors})
+    teachers = {name: text_tower(files[name], joined).to(device) for name in names}
+    return begin(clip, optimizer, data.pairs.counts, config, device, data.sampler, shards), teachers
 
 
 def _check_memory(
@@ -486,11 +505,6 @@ def check_anchors(text: TowerFile, vision: TowerFile, original: TowerFile | None
         raise InputError(f"The repair cannot be {what}: {vision.source.path} has no text tower; {advice}")
     if difference := unlike(text, original):
         raise InputError(f"The repair cannot be {what}: {difference}; {advice}")
-
-
-def _teachers(inputs: Inputs, joined: Joined, config: RepairConfig) -> dict[str, TextTower]:
-    files = {"original": inputs.original, "broken": inputs.text}
-    return {name: text_tower(files[name], joined) for name in sorted({anchor.teacher for anchor in config.anchors})}
 
 
 def _metadata(folder: Path, joined: Joined) -> dict[str, str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from gmp.clip import VisionTower
+from gmp.config import RepairConfig
 from gmp.data.captions import read_index
 from gmp.layouts import read_text, read_vision, write_clip, write_text
 from gmp.run import Inputs
@@ -26,6 +29,16 @@ def pytest_collection_modifyitems(items):
 
 # Tensors are small here; on a busy machine threads that wait for each other make tests ten times slower.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def line_of_fixtures(tmp_path_factory):
+    """Runs that fixtures of modules make wait for no other test process, nor for this machine's user."""
+    folder = tmp_path_factory.mktemp("line-of-fixtures")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(folder))
+        patch.setenv("TMPDIR", str(folder))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +78,31 @@ def inputs(small_files, pictures) -> Inputs:
     original, ruined = small_files
     index = read_index(pictures, pictures / "captions.json")
     return Inputs(read_text(ruined), read_vision(original), read_text(original), index, tokenize)
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """How many pictures went through a vision tower."""
+    counts = []
+    forward = VisionTower.forward
+
+    def spy(tower, pixels):
+        counts.append(len(pixels))
+        return forward(tower, pixels)
+
+    monkeypatch.setattr(VisionTower, "forward", spy)
+    return counts
+
+
+@pytest.fixture(scope="module")
+def write_order(small_files, pictures, cache):
+    """Writes down what processes are to do (`processes.run`), in a folder that is theirs. cache: the module's own."""
+    original, ruined = small_files
+    shared = {"original": str(original), "ruined": str(ruined), "pictures": str(pictures), "cache": str(cache)}
+
+    def write(folder: Path, config: RepairConfig, **what) -> Path:
+        folder.mkdir(exist_ok=True)
+        (folder / "order.json").write_text(json.dumps(shared | {"config": config.to_json()} | what))
+        return folder
+
+    return write

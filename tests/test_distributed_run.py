@@ -39,17 +39,8 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def order(small_files, pictures, cache):
-    """Writes down what processes are to do, in a folder that is theirs."""
-    original, ruined = small_files
-    shared = {"original": str(original), "ruined": str(ruined), "pictures": str(pictures), "cache": str(cache)}
-
-    def write(folder: Path, config: RepairConfig = TEXT, **what) -> Path:
-        folder.mkdir(exist_ok=True)
-        (folder / "order.json").write_text(json.dumps(shared | {"config": config.to_json()} | what))
-        return folder
-
-    return write
+def order(write_order):
+    return lambda folder, config=TEXT, **what: write_order(folder, config, **what)
 
 
 @pytest.fixture(scope="module")

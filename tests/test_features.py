@@ -30,20 +30,6 @@ def rows_of(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture
-def embedded(monkeypatch):
-    """How many pictures went through a vision tower."""
-    counts = []
-    forward = VisionTower.forward
-
-    def spy(tower, pixels):
-        counts.append(len(pixels))
-        return forward(tower, pixels)
-
-    monkeypatch.setattr(VisionTower, "forward", spy)
-    return counts
-
-
 def names_of(pictures):
     return sorted(json.loads((pictures / "captions.json").read_text()))
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,18 +46,8 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def order(small_files, pictures, cache):
-    """Writes down what processes are to do, in a folder that is theirs."""
-    original, ruined = small_files
-    shared = {"original": str(original), "ruined": str(ruined), "pictures": str(pictures), "cache": str(cache)}
-
-    def write(folder: Path, config: RepairConfig = TEXT, sharded: str = "012", **what) -> Path:
-        folder.mkdir(exist_ok=True)
-        given = shared | {"config": config.to_json(), "sharded": sharded} | what
-        (folder / "order.json").write_text(json.dumps(given))
-        return folder
-
-    return write
+def order(write_order):
+    return lambda folder, config=TEXT, **what: write_order(folder, config, **{"sharded": "012"} | what)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from gmp import run as run_module
 from gmp import session, telemetry, trainer, training_data
 from gmp import step as step_module
-from gmp.clip import CLIP, VisionTower
+from gmp.clip import CLIP
 from gmp.config import Anchor, RepairConfig, default_lr
 from gmp.data.captions import Picture, read_index
 from gmp.errors import InputError
@@ -430,20 +430,6 @@ def test_held_out_pictures_are_never_trained_on(start, inputs, tmp_path, monkeyp
 
 
 # --- cached features
-
-
-@pytest.fixture
-def embedded(monkeypatch):
-    """How many pictures went through a vision tower."""
-    counts = []
-    forward = VisionTower.forward
-
-    def spy(tower, pixels):
-        counts.append(len(pixels))
-        return forward(tower, pixels)
-
-    monkeypatch.setattr(VisionTower, "forward", spy)
-    return counts
 
 
 def test_a_second_run_embeds_nothing(start, tmp_path, embedded):

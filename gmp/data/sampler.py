@@ -66,32 +66,52 @@ class Sampler:
 
         Raises InputError if it can't come from a sampler like this one.
         """
-        missing = [name for name in ("seed", "epoch", "batch") if not isinstance(state.get(name), int)]
-        if missing:
-            raise InputError(f"The sampler's saved state lacks the whole numbers {', '.join(missing)}.")
-        problems = []
-        if state["seed"] != self.seed:
-            problems.append(f"it was made with seed {state['seed']}, this run has seed {self.seed}")
-        if state["epoch"] < 0:
-            problems.append(f"its epoch is {state['epoch']}")
-        if not 0 <= state["batch"] < self.batches_per_epoch:
-            problems.append(f"its batch is {state['batch']}, an epoch here has {self.batches_per_epoch} batches")
-        if problems:
-            raise InputError(
-                f"The sampler's saved state doesn't fit: {'; '.join(problems)}. "
-                "Continue with the same pictures, batch size and seed, or start a run of its own."
-            )
-        self.epoch, self._batch = state["epoch"], state["batch"]
+        self.epoch, self._batch = position(state, {"seed": self.seed}, self.batches_per_epoch)
 
     def _draw(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Order of the pictures and a caption for each picture, both (pictures,)."""
-        # Hashed, since generators seeded with neighbouring numbers may start alike.
-        digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = seeded(f"{self.seed} {epoch}")
         order = torch.randperm(len(self._counts), generator=generator)
-        # The remainder of 62 random bits: uneven by less than 1e-12 for any number of captions a picture has.
-        captions = torch.randint(2**62, self._counts.shape, generator=generator) % self._counts
-        return order, captions
+        return order, draw_captions(self._counts, generator)
+
+
+def seeded(name: str) -> torch.Generator:
+    """A generator for what has this name. Hashed, since those seeded with neighbouring numbers may start alike."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def draw_captions(counts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One of each picture's captions, by its position: counts (pictures,) int -> (pictures,) int64"""
+    # The remainder of 62 random bits: uneven by less than 1e-12 for any number of captions a picture has.
+    return torch.randint(2**62, counts.shape, generator=generator) % counts
+
+
+def position(state: Mapping[str, int], own: Mapping[str, int], batches: int) -> tuple[int, int]:
+    """Epoch and batch of a sampler's saved state.
+
+    own: what such a sampler is made with, its seed among it. batches: of an epoch. Raises InputError for a state that
+    can't come from such a sampler.
+    """
+    names = dict.fromkeys(("seed", "epoch", "batch", *own))
+    missing = [name for name in names if not isinstance(state.get(name), int)]
+    if missing:
+        raise InputError(f"The sampler's saved state lacks the whole numbers {', '.join(missing)}.")
+    problems = [
+        f"it was made with {name} {state[name]}, this run has {name} {mine}"
+        for name, mine in own.items()
+        if state[name] != mine
+    ]
+    if state["epoch"] < 0:
+        problems.append(f"its epoch is {state['epoch']}")
+    if not 0 <= state["batch"] < batches:
+        problems.append(f"its batch is {state['batch']}, an epoch here has {batches} batches")
+    if problems:
+        raise InputError(
+            f"The sampler's saved state doesn't fit: {'; '.join(problems)}. "
+            "Continue with the same pictures, batch size and seed, or start a run of its own."
+        )
+    return state["epoch"], state["batch"]
 
 
 def _some(items: Sequence[int]) -> str:

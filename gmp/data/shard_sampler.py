@@ -7,7 +7,6 @@ buffer; here the order follows from numbers, so that it is the same again after 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Protocol
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .sampler import draw_captions, position, seeded
 
 WINDOW = 16  # shards that are mixed with each other
 
@@ -90,24 +90,8 @@ class ShardSampler:
 
         Raises InputError if it can't come from a sampler like this one.
         """
-        missing = [name for name in ("seed", "epoch", "batch", "window") if not isinstance(state.get(name), int)]
-        if missing:
-            raise InputError(f"The sampler's saved state lacks the whole numbers {', '.join(missing)}.")
-        problems = [
-            f"it was made with {name} {state[name]}, this run has {name} {mine}"
-            for name, mine in (("seed", self.seed), ("window", self.window))
-            if state[name] != mine
-        ]
-        if state["epoch"] < 0:
-            problems.append(f"its epoch is {state['epoch']}")
-        if not 0 <= state["batch"] < self.batches_per_epoch:
-            problems.append(f"its batch is {state['batch']}, an epoch here has {self.batches_per_epoch} batches")
-        if problems:
-            raise InputError(
-                f"The sampler's saved state doesn't fit: {'; '.join(problems)}. "
-                "Continue with the same pictures, batch size and seed, or start a run of its own."
-            )
-        self.epoch, self._batch = state["epoch"], state["batch"]
+        own = {"seed": self.seed, "window": self.window}
+        self.epoch, self._batch = position(state, own, self.batches_per_epoch)
 
     def _order(self, epoch: int) -> tuple[Tensor, list[int]]:
         """Order of the shards, and after how many pictures of the epoch each window begins; the last one is the end."""
@@ -122,13 +106,10 @@ class ShardSampler:
             shards = order[number * self.window : (number + 1) * self.window].tolist()
             pictures = torch.cat([torch.arange(self._starts[shard], self._starts[shard + 1]) for shard in shards])
             counts = torch.as_tensor(self._counts[pictures])
-            # The remainder of 62 random bits: uneven by less than 1e-12 for any number of captions a picture has.
-            captions = torch.randint(2**62, counts.shape, generator=generator) % counts
+            captions = draw_captions(counts, generator)
             mixed = torch.randperm(len(pictures), generator=generator)
             self._drawn = (self.epoch, number, pictures[mixed], captions[mixed])
         return self._drawn[2:]
 
     def _generator(self, place: str) -> torch.Generator:
-        # Hashed, since generators seeded with neighbouring numbers may start alike.
-        digest = hashlib.sha256(f"shards {self.seed} {place}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return seeded(f"shards {self.seed} {place}")
