@@ -86,7 +86,8 @@ def main() -> int:
         "demo": "repair the shipped ruined text encoder and print before and after; --json for figures",
         "test": "ruff, engine tests, and JavaScript checks if node is there; more arguments go to pytest",
         "lint": "ruff alone",
-        "bench": "benchmarks, by name: cost, diagnose, files, history, pictures, quality, retrieval, speed, telemetry",
+        "bench": "benchmarks, by name: cost, dataset, diagnose, files, history, pictures, quality, retrieval, speed, "
+        "telemetry",
         "fuzz": "damaged and hostile model files, guided by coverage; --seconds N (600)",
     }.items():
         commands.add_parser(name, help=text, add_help=False)

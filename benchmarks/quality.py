@@ -30,7 +30,7 @@ from gmp.world.write import write_world  # noqa: E402
 CONTENDERS = {
     "repaired": CONFIG,  # GmP, anchor at penultimate
     "no anchor": replace(CONFIG, anchors=()),
-    "plain weights": replace(CONFIG, geometric=False),
+    "plain weights": replace(CONFIG, geometric=()),
 }
 
 

@@ -29,7 +29,7 @@ from gmp.clip import CLIP, CLIPConfig, TextConfig, VisionConfig, initialize
 from gmp.config import RepairConfig
 from gmp.control import Control
 from gmp.events import Event
-from gmp.step import Pairs
+from gmp.pairs import Pairs
 from gmp.trainer import begin, precision_of, set_up, train
 
 RESULTS = Path(__file__).parent / "results" / "telemetry.json"

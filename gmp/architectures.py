@@ -41,11 +41,18 @@ def vision_name(sizes: Mapping[str, int], blocks: int) -> str | None:
     """What a vision tower is called, None for one that nobody has published."""
     name = _VISION.get((sizes.get("width"), blocks, sizes.get("patch")))
     pixels = image_size(sizes)
-    return f"{name} at {pixels} pixels" if name and pixels not in (224, None) else name
+    if name and pixels not in (224, None):
+        name = f"{name} at {pixels} pixels"
+    if name and (count := sizes.get("registers")):
+        name = f"{name} with {count} registers" + (f" and {sizes['gates']} gates" if "gates" in sizes else "")
+    return name
 
 
 def image_size(sizes: Mapping[str, int]) -> int | None:
-    """Edge of the pictures that a vision tower takes, in pixels: its positions are one more than its patches."""
+    """Edge of the pictures that a vision tower takes, in pixels.
+
+    Its positions are one more than its patches, and as many more as it has registers.
+    """
     if "rows" not in sizes or "patch" not in sizes:
         return None
-    return math.isqrt(max(sizes["rows"] - 1, 0)) * sizes["patch"]
+    return math.isqrt(max(sizes["rows"] - 1 - sizes.get("registers", 0), 0)) * sizes["patch"]

@@ -1,4 +1,4 @@
-"""Checkpoints: weights, optimizer and JSON state as three files under one step number.
+"""Checkpoints: weights, optimizer and JSON state as three files under one step number, and weights' means as a fourth.
 
 The JSON is written last and marks the checkpoint as whole. Every file goes to a temporary name, is synced and then
 renamed, so that a full disk or a crash leaves the checkpoints before it as they were.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .errors import InputError
 from .files import Header, dtype_and_shape, read_header, read_json, read_tensors, write_json, write_safetensors
 from .fsdp import Part
-from .optim import set_step
+from .optim import counter, optimized, set_counter
 
 CHECKPOINTS = "checkpoints"  # in a run's folder
 _STATE = re.compile(r"^step_(\d{8})\.state\.json$")
@@ -38,6 +38,11 @@ class Checkpoint:
 
     def state(self) -> dict[str, object]:
         return json.loads(self.path("state.json").read_text(encoding="utf-8"))
+
+    def given(self) -> Path:
+        """The weights that are measured and given, the text tower whole: the means, where there are such."""
+        means = self.path("ema.safetensors")
+        return means if means.exists() else self.path("model.safetensors")
 
     def weights(self) -> dict[str, Tensor]:
         header = read_header(self.path("model.safetensors"))
@@ -68,16 +73,21 @@ def save(
     state: dict[str, object],
     keep: int,
     metadata: dict[str, str],
+    mean: nn.Module | None = None,
 ) -> Checkpoint:
     """Writes a checkpoint, then removes all but the newest `keep`, and what a killed save left behind.
 
-    A locked vision tower is not in it.
+    mean: a model of the same form with the weights' means (`ema`), if there are such. A locked vision tower is not in
+    it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint(folder, step)
-    weights = {name: parameter.detach() for name, parameter in _saved(model).items()}
+    saved = _saved(model, optimizer)
     moments, counters = _flatten(optimizer)
-    write_safetensors(weights, checkpoint.path("model.safetensors"), metadata | {"step": str(step)})
+    for kind, one in {"model": model, "ema": mean}.items():
+        if one is not None:
+            weights = {name: one.get_parameter(name).detach() for name in saved}
+            write_safetensors(weights, checkpoint.path(f"{kind}.safetensors"), metadata | {"step": str(step)})
     write_safetensors(moments, checkpoint.path("optimizer.safetensors"), {"step": str(step)})
     write_json(state | {"step": step, "optimizer": counters}, checkpoint.path("state.json"))
     kept = {one.step for one in list_checkpoints(folder)[-keep:]}
@@ -93,30 +103,37 @@ def restore(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     parts: Mapping[str, Part] = MappingProxyType({}),
+    means: Mapping[str, nn.Parameter] = MappingProxyType({}),
 ) -> dict[str, object]:
     """Loads a checkpoint into a model and an optimizer of the same form, in place; returns its JSON state.
 
-    parts: of parameters that are shared out over processes, by name, what is here of them and of their moments. Raises
-    InputError, and changes nothing, when the checkpoint belongs to other parameters or another kind of optimizer.
+    parts: of parameters that are shared out over processes, by name, what is here of them and of their moments. means:
+    `ema.Ema.means`, to be loaded too. Raises InputError, and changes nothing, when the checkpoint belongs to other
+    parameters or another kind of optimizer.
     """
     state = checkpoint.state()
     parameters = {
-        name: (parts[name].rows if name in parts else parameter).detach() for name, parameter in _saved(model).items()
+        name: (parts[name].rows if name in parts else parameter).detach()
+        for name, parameter in _saved(model, optimizer).items()
     }
     moments, counters = _flatten(optimizer)
-    optimized = _named(optimizer)
-    weights = _fitting(checkpoint.path("model.safetensors"), parameters, "parameters", parts)
-    saved = _fitting(checkpoint.path("optimizer.safetensors"), moments, "optimizer state", parts)
+    files = [("model", parameters, "parameters"), ("optimizer", moments, "optimizer state")]
+    if means:
+        files.append(("ema", parameters | {n: mean.detach() for n, mean in means.items()}, "means of parameters"))
+    found = [
+        (_fitting(checkpoint.path(f"{kind}.safetensors"), places, what, parts), places) for kind, places, what in files
+    ]
     if odd := sorted(counters.keys() ^ state["optimizer"].keys()):
         raise InputError(_misfit(checkpoint.path("state.json"), "step counters", odd))
-    for header, places in ((weights, parameters), (saved, moments)):
+    for header, places in found:
         for name, place in places.items():
             value = read_tensors(header, [name])[name]
             if part := parts.get(_parameter(name)):
                 value = value[part.start :][: len(place)]
             place.copy_(value)
-    for name, count in state["optimizer"].items():
-        set_step(optimizer.state[optimized[name]], int(count))
+    for name, parameter, group in optimized(optimizer):
+        if name in counters:
+            set_counter(optimizer, group, parameter, state["optimizer"][name])
     return state
 
 
@@ -146,34 +163,28 @@ def _misfit(path: Path, what: str, odd: list[str]) -> str:
     )
 
 
-def _saved(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The text tower whole, so that a checkpoint is usable alone; of the rest what is trained."""
-    return {n: p for n, p in model.named_parameters() if p.requires_grad or not n.startswith("visual.")}
+def _saved(model: nn.Module, optimizer: object) -> dict[str, nn.Parameter]:
+    """The text tower whole, so that a checkpoint is usable alone; of the rest what the optimizer moves."""
+    moved = {name for name, _, _ in optimized(optimizer)}
+    return {n: p for n, p in model.named_parameters() if n in moved or not n.startswith("visual.")}
 
 
-def _named(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    return {
-        name: parameter
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["names"], group["params"], strict=True)
-    }
-
-
-def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Optimizer state as `name|key` tensors, and the step counters, which torch keeps as scalars of their own.
+def _flatten(optimizer: object) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Optimizer state as `name|key` tensors, and the step counters, which are kept as scalars, or by group.
 
     Quantised state is tensors that consist of tensors (codes, scale, qmap): `name|key|part`. All are the state's own
     memory, no copies.
     """
     moments: dict[str, Tensor] = {}
     counters: dict[str, float] = {}
-    for name, parameter in _named(optimizer).items():
+    for name, parameter, group in optimized(optimizer):
+        steps = counter(optimizer, group, parameter)
+        if steps is not None:
+            counters[name] = steps
         for key, value in optimizer.state.get(parameter, {}).items():
-            if key == "step":
-                counters[name] = float(value)
-            elif hasattr(value, "__tensor_flatten__"):
+            if hasattr(value, "__tensor_flatten__"):
                 parts, _ = value.__tensor_flatten__()
                 moments |= {f"{name}|{key}|{part}": getattr(value, part) for part in parts}
-            else:
+            elif key != "step":
                 moments[f"{name}|{key}"] = value.detach()
     return moments, counters

@@ -12,7 +12,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .commands import compare, diagnose, files, measure, report, runs, strength, training, world
+from .commands import (
+    captions,
+    compare,
+    dataset,
+    diagnose,
+    files,
+    measure,
+    pictures,
+    presets,
+    report,
+    runs,
+    strength,
+    training,
+    world,
+)
 from .commands.towers import add_pictures
 from .errors import InputError
 
@@ -110,6 +124,14 @@ def _parser() -> argparse.ArgumentParser:
         "each is read once",
     )
     _add_settings(one)
+
+    one = add(
+        "presets",
+        presets.presets,
+        "List recipes and when to use them; print one as TOML with every setting documented; check a file.",
+        "presets seed-gmp --out my.toml",
+    )
+    presets.arguments(one)
 
     _add_runs(add("runs", runs.list_runs, "See, stop and resume runs.", "runs watch first"))
 
@@ -209,6 +231,34 @@ def _parser() -> argparse.ArgumentParser:
     _add_member(one)
 
     one = add(
+        "pictures",
+        pictures.crop,
+        "Write prepared copies of a folder of pictures: cropped square, or varied; captions beside them go along.",
+        "pictures crop pictures --out squares --crop salient --vision ViT-L-14.safetensors",
+    )
+    pictures.arguments(one)
+
+    _add_member(
+        dataset.arguments(
+            add(
+                "dataset",
+                dataset.report,
+                "Say what is in a folder of captioned pictures, and what is wrong with it, before it trains.",
+                "dataset report --images pictures --out report.html --fix fixes.json --drop cleaned.json",
+            )
+        )
+    )
+
+    captions.arguments(
+        add(
+            "captions",
+            captions.show,
+            "Show captions of any kind, and convert them into another.",
+            "captions convert pictures --to json --out captions.json",
+        )
+    )
+
+    one = add(
         "world",
         world.world,
         "Write captioned pictures of the small world.",
@@ -303,76 +353,57 @@ def _add_writing(parser: argparse.ArgumentParser, dtypes: tuple[str, ...], dtype
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    from .config import BEST_BY, NEGATIVES, PRECISIONS, TRAIN, RepairConfig
-    from .optim import SCHEDULES, STATES
+    """--out, and the settings: a preset or a file, and an option for each setting that is one value."""
+    from dataclasses import fields
 
-    default = RepairConfig()
+    from .config import SINGLE, RepairConfig
+    from .presets import DEFAULT
+
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
-    parser.add_argument("--train", choices=TRAIN, default=default.train, help="text: vision is locked (default)")
-    numbers = {
-        "epochs": (int, "times through the pictures"),
-        "batch": (int, "pairs in one forward pass"),
-        "accumulate": (int, "batches in one step; exact, all pairs of the step are each other's negatives"),
-        "warmup": (float, "share of the steps in which the rate rises"),
-        "weight_decay": (float, "of weight matrices"),
-        "smoothing": (float, "of labels"),
-        "clip_norm": (float, "of all gradients together; 0 is off"),
-        "anchor_captions": (int, "per step, at the full context length"),
-        "held_out": (float, "share of the pictures that is measured and not trained on"),
-        "measure_every": (int, "steps; an epoch's end is always measured"),
-        "patience": (int, "measurements without a better one after which the run ends early; 0 is off"),
-        "save_every": (int, "steps; an epoch's end is always saved"),
-        "keep": (int, "newest checkpoints that are kept"),
-        "seed": (int, "of order and captions"),
-    }
-    for name, (kind, text) in numbers.items():
-        value = getattr(default, name)
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=value, help=f"{text} ({value})")
+    base = parser.add_mutually_exclusive_group()
+    base.add_argument("--preset", metavar="NAME", help=f"see `python -m gmp presets` ({DEFAULT})")
+    base.add_argument("--config", type=Path, metavar="TOML", help="all settings as a file, such as a run's config.toml")
     parser.add_argument(
-        "--best-by",
-        choices=BEST_BY,
-        default=default.best_by,
-        help="what the best encoder on held-out pictures has the most of: the trained objective (default), recall, or "
-        "cosine to the original at a read point; each of the last ones alone is blind to the other",
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any setting as TOML, over preset or file: captions.shuffle=true, unfreeze.until=0.3",
     )
-    parser.add_argument("--lr", type=float, help="learning rate (1e-3 · (64 / text width)²: 7e-6 for clip_l)")
+    parser.add_argument(
+        "--concepts",
+        type=Path,
+        metavar="FILE",
+        help="captions of what the fine-tune taught, one per line, for anchors on concepts",
+    )
     parser.add_argument(
         "--rate", action="append", metavar="PATTERN=FACTOR", help="factor on the rate of parameters by name; 0 freezes"
     )
     parser.add_argument(
-        "--schedule", choices=SCHEDULES, default=default.schedule, help=f"of the rate ({default.schedule})"
-    )
-    parser.add_argument(
-        "--negatives",
-        choices=NEGATIVES,
-        default=default.negatives,
-        help="which pictures a caption tells its own from: those of its step (batch, the default), or all training "
-        "pictures, which needs --train text; equal pictures or captions are never each other's negatives",
-    )
-    parser.add_argument(
         "--anchor",
         action="append",
-        metavar="[TEACHER:]POINT=WEIGHT",
-        help="keep a read point near the original's or the broken encoder's (original:penultimate=0.3)",
+        metavar="[TEACHER[@CAPTIONS]:]POINT=WEIGHT[..END]",
+        help="keep a read point near the original's or the broken encoder's, on the data set's captions or on those of "
+        "concepts; in place of the preset's anchors",
     )
     parser.add_argument("--no-anchor", action="store_true", help="contrastive loss alone: what SDXL reads stays broken")
-    parser.add_argument(
-        "--checkpointing", action="store_true", help="less memory, a third slower: compute activations twice"
-    )
-    parser.add_argument(
-        "--optimizer-state",
-        choices=STATES,
-        default=default.optimizer_state,
-        help="of AdamW's two moments: fp32 (default), or rounded: bf16, half of their memory and of their part of a "
-        "checkpoint; 8bit, a quarter, by torchao or bitsandbytes",
-    )
+    parser.add_argument("--plain", action="store_true", help="train plain weights, no r and theta")
     parser.add_argument(
         "--shard",
         action="store_true",
         help="with torchrun: share weights, gradients and moments out over the processes, for towers that one GPU does "
         "not hold; the same result, some slower",
     )
-    parser.add_argument("--plain", action="store_true", help="train plain weights, no r and theta")
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default=default.precision, help="auto: bf16 or fp16 on a GPU, fp32 on a CPU"
-    )
+    default = RepairConfig()
+    group = parser.add_argument_group("settings", "in place of the preset's; in brackets the default without a preset")
+    for field in fields(RepairConfig):
+        kind = SINGLE.get(field.name)
+        if kind is None:
+            continue  # tables: --set, --rate, --anchor
+        value, choices = getattr(default, field.name), field.metadata["choices"]
+        told = f"{field.metadata['doc']} ({'not set' if value is None else value})".replace("%", "%%")
+        name = "--" + field.name.replace("_", "-")
+        if kind is bool:
+            group.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=told)
+        else:
+            group.add_argument(name, type=kind, choices=choices or None, default=None, help=told)

@@ -53,7 +53,12 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Shape of a vision tower: square pictures of `image_size` pixels in patches of `patch_size`."""
+    """Shape of a vision tower: square pictures of `image_size` pixels in patches of `patch_size`.
+
+    registers: learnt tokens between the class token and the patches (Darcet et al. 2023, arXiv 2309.16588).
+    gates: how many mix the class token with the registers' mean: one behind the tower, the others behind its last
+    blocks (zer0int/CLIP-fine-tune-registers-gated).
+    """
 
     width: int
     layers: int
@@ -63,7 +68,14 @@ class VisionConfig:
     image_size: int
     embed_dim: int
     activation: str = "quick_gelu"
+    registers: int = 0
+    gates: int = 0
     assumed: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def tokens(self) -> int:
+        """Of one picture: the class token, the registers and the patches."""
+        return 1 + self.registers + (self.image_size // self.patch_size) ** 2
 
 
 @dataclass(frozen=True)
@@ -168,8 +180,10 @@ def _activation(name: str) -> nn.Module:
     return QuickGELU() if name == "quick_gelu" else nn.GELU()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # (..., in) -> (..., out)
-    """A matrix product in x's precision."""
+def linear(x: Tensor, weight: Tensor | nn.Module, bias: Tensor | None) -> Tensor:  # (..., in) -> (..., out)
+    """A matrix product in x's precision. weight: a matrix, or what stands in place of one (`geometric`)."""
+    if isinstance(weight, nn.Module):
+        return weight(x, bias)
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
@@ -322,36 +336,80 @@ class TextTower(nn.Module):
         return x
 
 
+class Gate(nn.Sequential):
+    """g · class token + (1 - g) · mean of the registers, with g in 0..1 by an MLP of both."""
+
+    def __init__(self, width: int):
+        super().__init__(Linear(2 * width, width), nn.ReLU(), Linear(width, 1))
+
+    def forward(self, first: Tensor) -> Tensor:  # (B, 1 + registers, W) -> (B, W)
+        token, mean = first[:, 0], first[:, 1:].mean(dim=1)
+        share = super().forward(torch.cat([token, mean], dim=1)).sigmoid()
+        return share * token + (1 - share) * mean
+
+
 class VisionTower(nn.Module):
-    """A CLIP vision transformer with its projection."""
+    """A CLIP vision transformer with its projection.
+
+    With registers there are as many more positions, added in the order of the tokens: those that were learnt for a
+    tower without registers then lie so many tokens off, which is how published ones were trained.
+    """
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         if config.image_size % config.patch_size:
             raise ValueError(f"image size {config.image_size} is not a multiple of patch size {config.patch_size}")
-        patches = (config.image_size // config.patch_size) ** 2
+        if config.gates and not (config.registers and config.gates <= 1 + config.layers):
+            raise ValueError(f"{config.gates} gates for {config.registers} registers and {config.layers} blocks")
         self.vision_config = config
         self.conv1 = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(config.width))
-        self.positional_embedding = nn.Parameter(torch.empty(1 + patches, config.width))
+        self.positional_embedding = nn.Parameter(torch.empty(config.tokens, config.width))
         self.ln_pre = nn.LayerNorm(config.width)
         self.transformer = Transformer(config)
+        if config.registers:
+            self.register_tokens = nn.Parameter(torch.empty(config.registers, config.width))
+        if config.gates:
+            self.fusion_mlp = Gate(config.width)
+        if config.gates > 1:
+            self.transformer.intermediate_fusion_mlps = nn.ModuleList(
+                Gate(config.width) for _ in range(config.gates - 1)
+            )
         self.ln_post = nn.LayerNorm(config.width)
         self.proj = nn.Parameter(torch.empty(config.width, config.embed_dim))
 
     def forward(self, pixels: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, embed_dim)
-        dtype = self.transformer.dtype or pixels.dtype
+        config, dtype = self.vision_config, self.transformer.dtype or pixels.dtype
         patches = F.conv2d(pixels.to(dtype), self.conv1.weight.to(dtype), stride=self.conv1.stride)
         patches = patches.flatten(2).transpose(1, 2)
-        start = self.class_embedding.expand(len(patches), 1, -1)
+        start = self.class_embedding[None]
+        if config.registers:
+            start = torch.cat([start, self.register_tokens])
+        start = start.expand(len(patches), -1, -1)
         x = self.ln_pre(torch.cat([start, patches.to(start.dtype)], dim=1) + self.positional_embedding)
         shape, x = x.shape[:2], x.flatten(0, 1)
         *blocks, last = self.transformer.resblocks
-        for block in blocks:
+        for number, block in enumerate(blocks):
             x = self.transformer.flow(block, x, (shape,), causal=False)
-        first = torch.arange(0, len(x), shape[1], device=x.device)  # only the class token's row is read
-        x = self.transformer.flow(last, x, (shape,), causal=False, rows=first)
-        return self.ln_post(x) @ self.proj
+            x = self._gated(number, x, config.tokens)
+        # only the class token's row is read, and those of registers where a gate does
+        read = torch.arange(1 + config.registers if config.gates else 1, device=x.device)
+        rows = torch.arange(0, len(x), shape[1], device=x.device)[:, None] + read
+        x = self.transformer.flow(last, x, (shape,), causal=False, rows=rows.flatten())
+        x = self.ln_post(self._gated(len(blocks), x, len(read)))
+        if config.gates:
+            x = self.fusion_mlp(x.view(*rows.shape, -1))
+        return x @ self.proj
+
+    def _gated(self, number: int, x: Tensor, length: int) -> Tensor:  # (B × length, W) -> the same
+        """What a block gives, with the class tokens mixed by the gate behind it, if there is one."""
+        at = number - self.vision_config.layers + self.vision_config.gates - 1
+        if at < 0:
+            return x
+        x = x.view(-1, length, x.shape[1])
+        first = x[:, : 1 + self.vision_config.registers].clone()  # so that the way back does not keep all of x
+        gate = self.transformer.intermediate_fusion_mlps[at]
+        return torch.cat([gate(first)[:, None], x[:, 1:]], dim=1).flatten(0, 1)
 
 
 class CLIP(TextTower):
@@ -421,6 +479,12 @@ def initialize(clip: CLIP, generator: torch.Generator) -> CLIP:
         normal(clip.visual.conv1.weight, (3 * clip.visual.vision_config.patch_size**2) ** -0.5)
         for parameter in (clip.visual.class_embedding, clip.visual.positional_embedding, clip.visual.proj):
             normal(parameter, scale)
+        if clip.visual.vision_config.registers:
+            normal(clip.visual.register_tokens, scale)
+        for gate in (module for module in clip.visual.modules() if isinstance(module, Gate)):
+            for linear in (gate[0], gate[2]):
+                normal(linear.weight, linear.in_features**-0.5)
+                linear.bias.zero_()
     return clip
 
 

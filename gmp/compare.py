@@ -15,6 +15,7 @@ from .gradients import layer_and_role
 from .join import unlike
 from .layouts import TowerFile
 from .layouts.canonical import BLOCK, STACK, block_name
+from .layouts.gmp import weight_of
 
 ROWS = 4096  # rows of a matrix that are taken in double precision at once
 BINS = 80  # of theta's histogram
@@ -81,6 +82,7 @@ def moved(model: nn.Module, start: Mapping[str, Tensor]) -> dict[str, float]:
     """‖now - start‖ / ‖start‖ of what is trained, by layer and role; theta as rows of unit length.
 
     start: canonical plain weights (`transformer.resblocks.0.mlp.c_fc.weight`), also where the model has r and theta.
+    A projection's rows are those of theta, which are its columns.
     """
     sums: dict[str, tuple[float, float]] = {}
     for name, parameter in model.named_parameters():
@@ -97,8 +99,9 @@ def _pairs(name: str, now: Tensor, start: Mapping[str, Tensor]) -> Iterator[tupl
     stem, _, leaf = name.rpartition(".")
     if leaf not in ("r", "theta"):
         then = start.get(name)
-    elif (then := start.get(f"{stem}.weight")) is not None:
+    elif (then := start.get(weight_of(stem)[0])) is not None:
         then = then.to(now.device).float()
+        then = then.T if weight_of(stem)[1] else then
         lengths = torch.linalg.vector_norm(then, dim=1, keepdim=True)
         now, then = (now, lengths) if leaf == "r" else (F.normalize(now, dim=1), F.normalize(then, dim=1))
     if then is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from .evaluate import Document, document
 from .layouts import TowerFile
@@ -64,7 +64,9 @@ def as_document(found: Diagnosis) -> Document:
     """A measurement document of kind "diagnosis"."""
     trained = asdict(found.trained) | {"moved": len(found.trained.moved)}
     structure = {p: asdict(one.structure) for p, one in found.readings.items() if one.structure}
-    verdict = asdict(found.verdict) | {
+    preset = found.verdict.preset
+    verdict = asdict(replace(found.verdict, preset=None)) | {
+        "preset": preset and {"name": preset.name, "when": preset.when, "settings": preset.config.to_json()},
         "target": found.target,
         "alignment": asdict(found.alignment) | {"text": alignment_clause(found.alignment)},
         "read_points": {

@@ -58,7 +58,7 @@ def encode(text: TowerFile | None, vision: TowerFile | None, ids: Tensor | None,
     if pixels is not None:
         config = vision.config
         tower = _build(VisionTower, config, vision_part(vision.state))
-        rows = _rows(1 + (config.image_size // config.patch_size) ** 2, config.mlp_width)
+        rows = _rows(config.tokens, config.mlp_width)
         tensors |= _in_chunks(lambda chunk: {"image": tower(chunk)}, pixels.float(), rows)
     if ids is not None and pixels is not None:
         if reason := _no_logits(text, vision, tensors):

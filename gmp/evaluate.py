@@ -169,7 +169,8 @@ def evaluate(
         visual, index, keys, tokenize, cache, prompts, classes if typographic else None, typographic
     )
     captioned = held.captioned
-    reference = None if original is None else text_tower(original, first).to(device)
+    alike = original is not None and not all(unlike(text, original) for text in encoders.values())
+    reference = text_tower(original, first).to(device) if alike else None
     theirs = None if reference is None else (yield from _vectors(reference, held))
     evaluations: dict[str, Evaluation] = {}
     before: Measured | None = None

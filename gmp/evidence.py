@@ -22,11 +22,14 @@ from torch import Tensor
 from . import READ_POINTS, __version__
 from .bootstrap import Interval, interval, share_interval
 from .clip import TextTower, VisionTower, end_of_text
+from .config import Pictures
 from .data.captions import Index
-from .data.images import load_batches, load_picture, normalize
+from .data.crops import Box
+from .data.images import PLAIN, load_picture
 from .errors import InputError
 from .evaluate import Document, document, named
 from .events import Event, mapped, progress
+from .features import embed_now
 from .files import write_bytes
 from .layouts import Source
 from .measure import (
@@ -263,15 +266,15 @@ def _drifts(
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 
-def embed(vision: VisionTower, index: Index, stage: str) -> Generator[Event, None, Tensor]:
+def embed(
+    vision: VisionTower,
+    index: Index,
+    stage: str,
+    pictures: Pictures = PLAIN,
+    boxes: Sequence[Box | None] | None = None,
+) -> Generator[Event, None, Tensor]:
     """Features of an index's pictures as a vision tower sees them now: (pictures, E) fp32 on the CPU"""
-    device, found, done = vision.proj.device, [], 0
-    for pixels in load_batches(index.paths, vision.vision_config.image_size, batch=64):
-        with torch.no_grad():
-            found.append(vision(normalize(pixels.to(device))).float().cpu())
-        done += len(pixels)
-        yield _progress(stage, done, len(index))
-    return torch.cat(found)
+    return (yield from embed_now(vision, index.paths, f"evidence: {stage}", pictures=pictures, boxes=boxes))
 
 
 def _recall(seen: Seen) -> Interval:

@@ -1,7 +1,8 @@
 """Picture features of a locked vision tower: computed once, kept on disk by content, read where they lie.
 
 A cache folder holds one folder per tower, precision and preprocessing, with shards of features in fp16 and the hashes
-of the files that they belong to. Nothing in it is needed to continue a run: it can be deleted at any time.
+of the files that they belong to, and likewise of salient squares. Nothing in it is needed to continue a run: it can be
+deleted at any time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,19 +23,24 @@ import torch
 from torch import Tensor
 
 from .clip import DTYPES, VisionTower, precision
+from .config import Pictures
+from .data.augment import AUGMENTATION, seed_of
 from .data.captions import Index, content_key
-from .data.images import PREPROCESSING, THREADS, load_batches, normalize
+from .data.crops import Box, salient_box
+from .data.images import PLAIN, PREPROCESSING, THREADS, in_batches, load_batches, load_whole, normalize
 from .errors import InputError
 from .events import Event, progress
 from .files import Header, read_header, read_tensors, torch_dtypes, write_json, write_safetensors
 from .layouts.canonical import content_hash
 from .memory import embedding_batch, free, is_out_of_memory, release
+from .saliency import SALIENCY, saliency
 
 SHARD = 2048  # pictures in a shard at the least: what an interrupted embedding keeps
 GROWTH = 8  # a shard has an eighth of the pictures before it, so that a million are in few files …
 LONGEST = 1 << 15  # … up to this
 BATCH = {"cpu": 64}  # pictures in one pass at the most
 BATCH_ON_GPU = 256
+HASHES = "hashes.json"  # in the cache: SHA-256 of files by path, size and time
 EVERY = 500  # pictures between two progress events while hashing
 
 
@@ -103,19 +109,19 @@ def mapped(header: Header, name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class _Shard:
-    features: Tensor  # (n, E)
+    rows: Tensor  # (n, E) features, or (n, 4) boxes
     keys: Tensor  # (n, 32) bytes, SHA-256 of the pictures' files
 
 
-def _read_shards(folder: Path) -> list[_Shard]:
+def _read_shards(folder: Path, what: str) -> list[_Shard]:
     found = []
     for path in sorted(folder.glob("*.safetensors")):
         try:
             header = read_header(path)
             keys = read_tensors(header, ["keys"])["keys"]
-            shard = _Shard(mapped(header, "features"), keys)
-            if shard.features.dim() != 2 or keys.shape != (len(shard.features), 32) or keys.dtype != torch.uint8:
-                raise InputError(f"{path.name} is no shard of features")
+            shard = _Shard(mapped(header, what), keys)
+            if shard.rows.dim() != 2 or keys.shape != (len(shard.rows), 32) or keys.dtype != torch.uint8:
+                raise InputError(f"{path.name} is no shard of {what}")
         except (InputError, KeyError, OSError):  # a torn shard costs its time once more, nothing else
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -160,17 +166,12 @@ def state_key(state: dict[str, Tensor]) -> str:
 
 def content_keys(root: Path, names: Sequence[str], cache: Path) -> Generator[Event, None, list[str]]:
     """SHA-256 of every picture file; yields progress events. What was hashed before (path, size, time) is not read."""
-    memory = cache / "hashes.json"
-    try:
-        known = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
+    known = _known_keys(cache)
 
     def key(name: str) -> tuple[str | None, str]:
         path = root / name
         try:
-            info = path.stat()
-            stamp = f"{path.resolve()}|{info.st_size}|{info.st_mtime_ns}"
+            stamp = _stamp(path)
             return stamp, known.get(stamp) or content_key(path)
         except OSError:  # it will not decode either, and is listed then
             return None, hashlib.sha256(f"unreadable {name}".encode("utf-8", "surrogatepass")).hexdigest()
@@ -181,17 +182,52 @@ def content_keys(root: Path, names: Sequence[str], cache: Path) -> Generator[Eve
             found.append(pair)
             if len(found) % EVERY == 0 or len(found) == len(names):
                 yield progress("hash pictures", len(found), len(names))
-    fresh = {stamp: digest for stamp, digest in found if stamp and stamp not in known}
-    if fresh:
-        with contextlib.suppress(OSError):  # without it they are read once more the next time
-            cache.mkdir(parents=True, exist_ok=True)
-            write_json(known | fresh, memory)
+    _remember(cache, known, {stamp: digest for stamp, digest in found if stamp})
     return [digest for _, digest in found]
 
 
-def _folder(cache: Path, tower: VisionTower, precision: str) -> Path:
-    name = f"{state_key(tower.state_dict())} {asdict(tower.vision_config)} {PREPROCESSING} {precision}"
+def remember_keys(root: Path, keys: Mapping[str, str], cache: Path) -> None:
+    """Lets `content_keys` know of files that have just been hashed, by name."""
+    fresh = {}
+    for name, key in keys.items():
+        with contextlib.suppress(OSError):
+            fresh[_stamp(root / name)] = key
+    _remember(cache, _known_keys(cache), fresh)
+
+
+def _stamp(path: Path) -> str:
+    info = path.stat()
+    return f"{path.resolve()}|{info.st_size}|{info.st_mtime_ns}"
+
+
+def _known_keys(cache: Path) -> dict[str, str]:
+    try:
+        return json.loads((cache / HASHES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _remember(cache: Path, known: dict[str, str], found: dict[str, str]) -> None:
+    if found.keys() <= known.keys():
+        return
+    with contextlib.suppress(OSError):  # without it they are read once more the next time
+        cache.mkdir(parents=True, exist_ok=True)
+        write_json(known | found, cache / HASHES)
+
+
+def _folder(cache: Path, tower: VisionTower, precision: str, pictures: Pictures = PLAIN, view: int = 0) -> Path:
+    look = _look(pictures, view)
+    name = f"{state_key(tower.state_dict())} {asdict(tower.vision_config)} {PREPROCESSING} {precision}{look}"
     return cache / "features" / hashlib.sha256(name.encode()).hexdigest()[:24]
+
+
+def _look(pictures: Pictures, view: int) -> str:
+    """Names what a view has that CLIP's own crop has not."""
+    crop = {"centre": "", "letterbox": " letterbox", "salient": f" salient: {SALIENCY}"}[pictures.crop]
+    if not view:
+        return crop
+    chances = pictures.scale, pictures.flip, pictures.jitter, pictures.jitter_chance, pictures.grey
+    return f"{crop} view {view} {chances} {AUGMENTATION}"
 
 
 def _digests(keys: Sequence[str]) -> np.ndarray:  # hexadecimal -> (n, 32) bytes
@@ -211,6 +247,8 @@ def embed_files(
     precision: str | None = None,
     batch: int | None = None,
     threads: int = THREADS,
+    pictures: Pictures = PLAIN,
+    view: int = 0,
 ) -> Generator[Event, None, tuple[Features, dict[str, str]]]:
     """Features of the pictures that decode, in the order of their names, and the reason for each one that does not.
 
@@ -218,17 +256,87 @@ def embed_files(
     pictures have one row. precision: what the tower computes in, "fp32", "bf16" or "fp16", each of which has a cache of
     its own; None takes `precision_on` the tower's device.
     batch: pictures in one pass; None takes `pictures_per_pass`, and in any case it is halved where memory is short.
+    pictures, view: how they are made square. View 0 is the crop itself, the others vary, each by its picture's content:
+    see `augment.seed_of`. Every view has a cache of its own.
     Yields progress events; a consumer that stops listening keeps the shards that were finished.
     """
     precision = precision or precision_on(tower.proj.device)
-    folder = _folder(cache, tower, precision)
+    boxes: dict[str, Box | None] = {}
+    if pictures.crop == "salient":
+        found = yield from salient_boxes(tower, root, names, keys, cache, precision=precision, threads=threads)
+        boxes = dict(zip(keys, found, strict=True))
     size = batch or pictures_per_pass(tower, precision)
-    shards, wanted = _read_shards(folder), _digests(keys)
+
+    def embed(of: Sequence[str], paths: Sequence[Path], broken: dict[Path, str]) -> Iterator[Tensor]:
+        nonlocal size
+        squares = [boxes[key] for key in of] if boxes else None
+        seeds = [seed_of(key, view) for key in of] if view else None
+        side = tower.vision_config.image_size
+        for pixels in load_batches(paths, side, size, threads, broken, pictures, squares, seeds):
+            part, size = embed_pixels(tower, pixels, precision, size)
+            yield part
+
+    folder = _folder(cache, tower, precision, pictures, view)
+    stage = f"embed pictures, view {view + 1}" if view else "embed pictures"
+    shards, rows, reasons = yield from _rows(folder, "features", root, names, keys, stage, embed)
+    return Features([shard.rows for shard in shards], rows[rows >= 0]), reasons
+
+
+def salient_boxes(
+    tower: VisionTower,
+    root: Path,
+    names: Sequence[str],
+    keys: Sequence[str],
+    cache: Path,
+    *,
+    precision: str | None = None,
+    threads: int = THREADS,
+) -> Generator[Event, None, list[Box | None]]:
+    """Of each picture the square that the tower attends to, None where it does not decode. Arguments: `embed_files`.
+
+    The tower sees all of a picture, squeezed into its square. Squares are kept by content and tower, as features are.
+    """
+    precision = precision or precision_on(tower.proj.device)
+    size = pictures_per_pass(tower, precision)
+
+    def find(of: Sequence[str], paths: Sequence[Path], broken: dict[Path, str]) -> Iterator[Tensor]:
+        nonlocal size
+        side = tower.vision_config.image_size
+        for part in in_batches(lambda i: load_whole(paths[i], side), paths, size, threads, broken):
+            maps: Sequence[Tensor] = []
+            if part:
+                maps, size = _attended(tower, torch.stack([pixels for pixels, _ in part]), precision, size)
+            found = [salient_box(each, *shape) for each, (_, shape) in zip(maps, part, strict=True)]
+            yield torch.tensor(found, dtype=torch.int32).view(-1, 4)
+
+    name = f"{state_key(tower.state_dict())} {asdict(tower.vision_config)} {SALIENCY} {precision}"
+    folder = cache / "salient" / hashlib.sha256(name.encode()).hexdigest()[:24]
+    stage = "find salient squares"
+    shards, rows, reasons = yield from _rows(folder, "boxes", root, names, keys, stage, find)
+    table = torch.cat([shard.rows for shard in shards])[rows].tolist() if shards else []
+    return [None if row < 0 else tuple(table[i]) for i, row in enumerate(rows.tolist())]
+
+
+def _rows(
+    folder: Path,
+    what: str,
+    root: Path,
+    names: Sequence[str],
+    keys: Sequence[str],
+    stage: str,
+    compute: Callable[[Sequence[str], Sequence[Path], dict[Path, str]], Iterator[Tensor]],
+) -> Generator[Event, None, tuple[list[_Shard], Tensor, dict[str, str]]]:
+    """Shards of `what`, the row of each picture in them or -1, and the reasons of those that do not decode, by name.
+
+    compute: of contents that the folder lacks, given as keys, paths and what to tell of broken ones, the rows
+    (n, width) of those that decode, in order, part by part; they are kept in the folder.
+    """
+    shards, wanted = _read_shards(folder, what), _digests(keys)
     rows = _locate(shards, wanted)
     fresh = list({keys[i]: names[i] for i in (rows < 0).nonzero()[:, 0].tolist()}.items())
     done = start = len(names) - len(fresh)
     reasons: dict[str, str] = {}  # by key
-    yield progress("embed pictures", done, len(names))
+    yield progress(stage, done, len(names))
     taken = 0
     while taken < len(fresh):
         chunk = fresh[taken : taken + max(SHARD, min(LONGEST, taken // GROWTH))]
@@ -236,25 +344,22 @@ def embed_files(
         paths = [root / name for _, name in chunk]
         broken: dict[Path, str] = {}
         parts = []
-        for pixels in load_batches(paths, tower.vision_config.image_size, size, threads, broken):
-            if len(pixels):
-                part, size = embed_pixels(tower, pixels, precision, size)
-                parts.append(part)
-            done += len(pixels)
-            yield progress("embed pictures", done, len(names))
+        for part in compute([key for key, _ in chunk], paths, broken):
+            parts.append(part)
+            done += len(part)
+            yield progress(stage, done, len(names))
         reasons |= {key: broken[path] for (key, _), path in zip(chunk, paths, strict=True) if path in broken}
         whole = [key for (key, _), path in zip(chunk, paths, strict=True) if path not in broken]
         if whole:
             shard = _Shard(torch.cat(parts), torch.from_numpy(_digests(whole).copy()))
             try:
-                shard = _write_shard(folder, shard)
+                shard = _write_shard(folder, what, shard)
             except (OSError, InputError) as error:  # the latter where someone deletes it at once
-                advice = f"features are not kept: {error}"
+                advice = f"{what} are not kept: {error}"
                 yield {"type": "alarm", "alarm": "cache", "step": 0, "raised": True, "advice": advice, "value": None}
             shards.append(shard)
     rows = _locate(shards, wanted) if done > start else rows
-    reasons = {name: reasons[key] for name, key in zip(names, keys, strict=True) if key in reasons}
-    return Features([shard.features for shard in shards], rows[rows >= 0]), reasons
+    return shards, rows, {name: reasons[key] for name, key in zip(names, keys, strict=True) if key in reasons}
 
 
 def precision_on(device: torch.device) -> str:
@@ -274,15 +379,36 @@ def embed_pixels(tower: VisionTower, pixels: Tensor, compute: str, size: int) ->
 
     Where `compute` is fp16 and its range did not suffice, pictures are embedded once more in fp32.
     """
-    device = tower.proj.device
+    if not len(pixels):
+        return torch.empty(0, tower.proj.shape[1], dtype=torch.float16), size
+
+    def embed(part: Tensor) -> Tensor:
+        with torch.no_grad(), precision(DTYPES[compute], tower):
+            return tower(part).half()
+
+    features, size = _in_passes(embed, pixels, size, tower.proj.device)
+    if compute == "fp16" and not features.isfinite().all():
+        return embed_pixels(tower, pixels, "fp32", size)
+    return features, size
+
+
+def _attended(tower: VisionTower, pixels: Tensor, compute: str, size: int) -> tuple[Tensor, int]:
+    """Saliency (B, side, side) on the CPU of bytes (B, 3, S, S), and how many pictures one pass has memory for."""
+
+    def attended(part: Tensor) -> Tensor:
+        with precision(DTYPES[compute], tower):
+            return saliency(tower, part)
+
+    return _in_passes(attended, pixels, size, tower.proj.device)
+
+
+def _in_passes(
+    compute: Callable[[Tensor], Tensor], pixels: Tensor, size: int, device: torch.device
+) -> tuple[Tensor, int]:
+    """What `compute` makes of normalised pixels, `size` of them at once, halved as often as memory is short."""
     while True:
         try:
-            with torch.no_grad(), precision(DTYPES[compute], tower):
-                parts = [tower(normalize(part.to(device))).half().cpu() for part in pixels.split(size)]
-            features = torch.cat(parts)
-            if compute == "fp16" and not features.isfinite().all():
-                return embed_pixels(tower, pixels, "fp32", size)
-            return features, size
+            return torch.cat([compute(normalize(part.to(device))).cpu() for part in pixels.split(size)]), size
         except RuntimeError as error:
             if size == 1 or not is_out_of_memory(error):
                 raise
@@ -290,12 +416,33 @@ def embed_pixels(tower: VisionTower, pixels: Tensor, compute: str, size: int) ->
         release(device)
 
 
-def _write_shard(folder: Path, shard: _Shard) -> _Shard:
+def embed_now(
+    tower: VisionTower,
+    paths: Sequence[Path],
+    stage: str,
+    *,
+    pictures: Pictures = PLAIN,
+    boxes: Sequence[Box | None] | None = None,
+) -> Generator[Event, None, Tensor]:
+    """Features (pictures, E) fp32 on the CPU, of a tower that trains, as it sees the pictures now; nothing is kept.
+
+    Yields progress events. Raises InputError naming a picture that does not decode.
+    """
+    device, found, done = tower.proj.device, [torch.empty(0, tower.proj.shape[1])], 0
+    for pixels in load_batches(paths, tower.vision_config.image_size, batch=64, pictures=pictures, boxes=boxes):
+        with torch.no_grad():
+            found.append(tower(normalize(pixels.to(device))).float().cpu())
+        done += len(pixels)
+        yield progress(stage, done, len(paths))
+    return torch.cat(found)
+
+
+def _write_shard(folder: Path, what: str, shard: _Shard) -> _Shard:
     """Kept on disk, and read from there."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{uuid.uuid4().hex}.safetensors"
-    write_safetensors({"features": shard.features, "keys": shard.keys}, path, {})
-    return _Shard(mapped(read_header(path), "features"), shard.keys)
+    write_safetensors({what: shard.rows, "keys": shard.keys}, path, {})
+    return _Shard(mapped(read_header(path), what), shard.keys)
 
 
 def index_keys(index: Index, cache: Path) -> Generator[Event, None, dict[str, str]]:
@@ -311,14 +458,17 @@ def embed_index(
     keys: Mapping[str, str] | None = None,
     *,
     precision: str | None = None,
+    pictures: Pictures = PLAIN,
 ) -> Generator[Event, None, tuple[Index, Features, dict[str, str]]]:
     """The pictures that decode, their features (pictures, embed_dim), and the reasons of those that do not.
 
-    keys: `index_keys` of these pictures, and maybe more; None computes them. precision: as in `embed_files`.
+    keys: `index_keys` of these pictures, and maybe more; None computes them. Others: as in `embed_files`.
     """
     if keys is None:
         keys = yield from index_keys(index, cache)
     names = [picture.path for picture in index.pictures]
     keyed = [keys[name] for name in names]
-    features, broken = yield from embed_files(tower, index.root, names, keyed, cache, precision=precision)
+    features, broken = yield from embed_files(
+        tower, index.root, names, keyed, cache, precision=precision, pictures=pictures
+    )
     return index.without(broken), features, broken

@@ -8,7 +8,7 @@ The first process owns the run's folder: it decides, measures and writes. Betwee
     {"do": "read"}                      read what all have embedded
     {"do": "restore", "step": 4}        load the state of that step; then listen again
     {"do": "train"}                     take the next step
-    {"do": "gather"}                    send the weights that the first process has not; then listen again
+    {"do": "gather", "mean": false}     send the weights that the first process has not, or their means; listen again
     {"do": "save"}                      send the moments that the first process has not; then listen again
     {"do": "offload", "away": true}     move what is large off the device, or back; then listen again
     {"do": "end"}                       the run has ended
@@ -21,15 +21,15 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
-from . import checkpoint
 from .checkpoint import CHECKPOINTS, Checkpoint
 from .clip import TextTower
 from .config import RepairConfig
 from .distributed import Group
 from .events import Event
-from .session import move, whole_optimizer
-from .step import Pairs
+from .pairs import Pairs
+from .session import move, restore, whole_clip, whole_optimizer
 from .trainer import Training, train
 
 Said = dict[str, object]
@@ -43,25 +43,23 @@ def follow(
     folder: Path,
     device: torch.device,
     group: Group,
+    concepts: Tensor | None = None,
 ) -> Iterator[Event]:
     """Takes every step with the first process, from where that begins until it ends. Yields the steps' events.
 
     Raises InputError where a checkpoint that the first process loads cannot be read here, and `Lost` when that is gone.
     """
-
-    def restore(said: Said) -> None:
-        saved = Checkpoint(folder / CHECKPOINTS, said["step"])
-        training.restore(checkpoint.restore(saved, training.clip, training.optimizer, training.shards.parts))
-
+    if not training.shards:
+        training.ema = None  # the first process has all weights: it takes their mean
     actions = {
         "offload": lambda said: move(training, pairs, list(teachers.values()), device, said["away"], group),
         "save": lambda said: whole_optimizer(training, group),
-        "gather": lambda said: training.shards.whole_clip(training.clip),
-        "restore": restore,
+        "gather": lambda said: whole_clip(training, said["mean"]),
+        "restore": lambda said: restore(training, Checkpoint(folder / CHECKPOINTS, said["step"])),
     }
     if listen(group, actions)["do"] == "end":
         return
-    for event in train(training, pairs, teachers, config, device, group=group):
+    for event in train(training, pairs, teachers, config, device, group=group, concepts=concepts):
         yield event
         if event["type"] == "step" and listen(group, actions)["do"] == "end":
             return

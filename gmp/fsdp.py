@@ -20,7 +20,7 @@ from .clip import CLIP
 from .config import RepairConfig
 from .distributed import ALONE, Group
 from .errors import InputError
-from .geometric import GeometricLinear, to_geometric
+from .geometric import geometric_names, to_geometric
 from .memory import move
 
 
@@ -68,7 +68,7 @@ class Shards:
                     self.parts[stem + leaf] = Part(weight, rows, start)
             # otherwise what each block has sent would be kept until a whole backward pass ends
             share_comm_ctx(list(tower.transformer.resblocks))
-        move([clip], None, device, [tower.transformer for tower in towers])
+        move([clip], None, device, [tower.transformer.resblocks for tower in towers])
         for one in groups:
             given = zip(one["names"], one["params"], strict=True)
             one["params"] = [self.parts[name].rows if name in self.parts else whole for name, whole in given]
@@ -132,7 +132,7 @@ def _without_weights(clip: CLIP) -> CLIP:
     """A CLIP of the same form, on the meta device."""
     with torch.device("meta"):
         plain = CLIP(clip.config)
-    to_geometric(plain, lambda name: isinstance(clip.get_submodule(name), GeometricLinear))
+    to_geometric(plain, set(geometric_names(clip)).__contains__)
     for name, parameter in clip.named_parameters():
         plain.get_parameter(name).requires_grad_(parameter.requires_grad)
     return plain
@@ -155,6 +155,11 @@ def check_shards(config: RepairConfig, precision: str, group: Group) -> None:
         raise InputError(
             "there is one process, and weights are shared out over several: start them by "
             "`torchrun --nproc_per_node 2 -m gmp repair …`, or leave out --shard"
+        )
+    if config.unfreeze:
+        raise InputError(
+            "unfreeze is for whole weights: where they are shared out, the same ones have gradients in every step; "
+            "leave out unfreeze, or --shard"
         )
     if config.optimizer_state != "fp32":
         raise InputError(

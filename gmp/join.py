@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from .architectures import LONG_CONTEXT
 from .clip import CLIP, CLIPConfig, TextTower, VisionTower, load
 from .errors import InputError
 from .layouts import Source, TowerFile, projection_fault
@@ -147,7 +148,13 @@ def unlike(one: TowerFile, other: TowerFile) -> str | None:
         )
         if mine != theirs
     ]
-    return f"{one.source.path} and the text tower of {other.source.path} differ: {', '.join(sizes)}" if sizes else None
+    if not sizes:
+        return None
+    why = f"{one.source.path} and the text tower of {other.source.path} differ: {', '.join(sizes)}"
+    contexts = {one.config.context_length, other.config.context_length}
+    if LONG_CONTEXT in contexts and len(contexts) > 1:
+        why += f" (a Long-CLIP's original is a Long-CLIP of {LONG_CONTEXT}: blocks and table were trained together)"
+    return why
 
 
 def text_tower(file: TowerFile, joined: Joined) -> TextTower:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from .clip import CLIP, WORTH, WORTH_ON_GPU, CLIPConfig, TextConfig, VisionConfig, pack
 from .config import RepairConfig
 from .errors import InputError
-from .geometric import is_mlp, to_geometric
-from .optim import STATES, moment_bytes, parameter_groups
+from .geometric import LEAVES, geometric_names
+from .locks import choose
+from .optim import MOMENTS, STATES, moment_bytes, parameter_groups
 
 RESERVE = 0.05  # of what is needed: allocators round up, and their memory falls into pieces
 GB = 2**30  # as drivers count, and the people who sell cards
@@ -56,13 +57,14 @@ class Pass:
     rows: int
     length: int  # of the longest row
     precision: str  # fp32, or what the blocks compute in: bf16, fp16
-    geometric: bool
+    geometric: tuple[str, ...]  # layers of blocks that are split into r and theta: of `geometric.LEAVES`
     checkpointing: bool
     fused: bool  # attention is one kernel that keeps no matrix of all pairs of tokens
     on_cpu: bool  # where attention is computed in fp32
     ends: bool  # of the last block only one row of each caption or picture is computed
     tokens: int  # of all rows
     stretch: int  # tokens that attention takes at once; those of a whole stream fall into several such stretches
+    partly: bool = False  # some blocks have such layers unsplit
 
     @property
     def size(self) -> int:
@@ -100,8 +102,14 @@ class Pass:
     @property
     def rounded(self) -> int:
         """Bytes of one block's weights as they are rounded; split ones are built anew on the way back."""
-        width, mlp_width = self.tower.width, self.tower.mlp_width
-        return 0 if self.size == 4 else 2 * (4 * width**2 + (0 if self.geometric else 2 * width * mlp_width))
+        kept = (elements for kind, elements in self._matrices.items() if self.partly or kind not in self.geometric)
+        return 0 if self.size == 4 else 2 * sum(kept)
+
+    @property
+    def _matrices(self) -> dict[str, int]:
+        """Elements of the weights of a block, by layer."""
+        width = self.tower.width
+        return {"mlp": 2 * width * self.tower.mlp_width, "qkv": 3 * width**2, "out": width**2}
 
     @property
     def block(self) -> int:
@@ -127,12 +135,20 @@ class Pass:
     @property
     def _of_ends(self) -> int:
         """Bytes that the last block keeps of the rows that it computes to the end: places, `out_proj`, MLP."""
-        return self.rows * (8 + self.size * self.tower.width) + self._behind(self.rows)
+        return self._ended * (8 + self.size * self.tower.width) + self._behind(self._ended)
+
+    @property
+    def _ended(self) -> int:
+        """Rows that the last block computes to the end: the registers' too where gates read them."""
+        gated = isinstance(self.tower, VisionConfig) and self.tower.gates
+        return self.rows * (1 + self.tower.registers if gated else 1)
 
     def saved(self) -> int:
         """Bytes that the way there keeps for the way back."""
-        kept = self.rows * (8 * self.tower.width + 8) if self.ends else self.stream  # of the final LayerNorm
+        kept = self._ended * (8 * self.tower.width + 8) if self.ends else self.stream  # of the final LayerNorm
         if isinstance(self.tower, VisionConfig):
+            # a gate's tokens, their mean, both in one row, and its hidden layer before and after ReLU
+            kept += self.tower.gates * 4 * self.rows * self.tower.width * (self.tower.registers + 6)
             kept += self.stream + 3 * self.size * self.rows * self.tower.image_size**2  # the first one, and pixels
         if not self.blocks:
             return kept
@@ -152,7 +168,8 @@ class Pass:
             return 0
         width, mlp_width = self.tower.width, self.tower.mlp_width
         # a weight's gradient, and of GmP its product with theta
-        weight = 4 * width * max(mlp_width * (2 if self.geometric else 1), 3 * width)
+        widths = {"mlp": mlp_width, "qkv": 3 * width, "out": width}
+        weight = 4 * width * max(size * (2 if kind in self.geometric else 1) for kind, size in widths.items())
         # the hidden layer's gradient before and after the activation, and of quick_gelu 1.702 x, less what is let go of
         inner = self.hidden * (2 if self.tower.activation == "quick_gelu" else 1)
         rounded = (4 - self.size) * self.tokens * width
@@ -178,7 +195,7 @@ class Pass:
     def forward(self) -> int:
         """Bytes of a pass that keeps nothing."""
         width, mlp_width = self.tower.width, self.tower.mlp_width
-        built = self.geometric or self.size < 4
+        built = bool(self.geometric) or self.size < 4
         weight = self.size * width * max(mlp_width, 3 * width) if built else 0
         rounded = self.size * self.tokens * width
         held = 0 if self.ends else self.stream  # the penultimate read point
@@ -198,9 +215,9 @@ class Pass:
 class Need:
     """Bytes that a training takes on its device at the most, by what they are for."""
 
-    weights: int  # fp32, of what does not train as well
+    weights: int  # fp32, of what does not train as well, and the mean of those that do (`ema`), if there is one
     gradients: int
-    moments: int  # AdamW's two
+    moments: int  # the optimizer's
     activations: int  # kept for the backward pass, but for the room that gradients take once they are let go of
     teachers: int  # that anchors and drift are measured from
     other: int  # for a moment only: gradients of activations, logits, measuring, embedding pictures
@@ -247,10 +264,12 @@ class _Sizes:
     embedding: int  # of the tokens' embedding, if it trains: its gradient is the last to come
     text_depth: int  # blocks that gradients pass through
     vision_depth: int
+    text_split: tuple[tuple[str, ...], bool]  # layers that are split, and whether only in some of these blocks
+    vision_split: tuple[tuple[str, ...], bool]
 
 
 def _sizes(config: CLIPConfig, settings: RepairConfig, processes: int) -> _Sizes:
-    """Read off modules that take no memory. Raises InputError for rates that match no parameter.
+    """Read off modules that take no memory. Raises InputError for rates that match no parameter, and as `locks.choose`.
 
     processes: that the blocks' weights are shared out over (`fsdp`).
     """
@@ -258,9 +277,7 @@ def _sizes(config: CLIPConfig, settings: RepairConfig, processes: int) -> _Sizes
     with torch.device("meta"):
         clip = CLIP(config)
     teacher = _count(clip.parameters()) - _count(clip.visual.parameters())
-    clip.visual.requires_grad_(both)
-    if settings.geometric:
-        to_geometric(clip, lambda name: is_mlp(name) and (both or not name.startswith("visual.")))
+    choose(clip, settings)
     try:
         groups = parameter_groups(clip, 1.0, settings.rates, 0.0)
     except ValueError as error:
@@ -284,6 +301,8 @@ def _sizes(config: CLIPConfig, settings: RepairConfig, processes: int) -> _Sizes
         embedding=embedding.numel() if embedding.requires_grad else 0,
         text_depth=_depth(clip),
         vision_depth=_depth(clip.visual),
+        text_split=_split(clip.transformer, _depth(clip)),
+        vision_split=_split(clip.visual.transformer, _depth(clip.visual)),
     )
 
 
@@ -298,11 +317,18 @@ def _share(parameter: nn.Parameter, processes: int) -> int:
 
 def _depth(tower: nn.Module) -> int:
     """Blocks that gradients pass through: from the first on that trains, or comes after something that does."""
-    before = ("token_embedding", "positional_embedding", "conv1", "class_embedding", "ln_pre")
+    before = ("token_embedding", "positional_embedding", "conv1", "class_embedding", "register_tokens", "ln_pre")
     if any(p.requires_grad for name, p in tower.named_parameters() if name.startswith(before)):
         return len(tower.transformer.resblocks)
     trains = [any(p.requires_grad for p in block.parameters()) for block in tower.transformer.resblocks]
     return len(trains) - trains.index(True) if any(trains) else 0
+
+
+def _split(stack: nn.Module, depth: int) -> tuple[tuple[str, ...], bool]:
+    """Layers that are split in the last blocks, as many as `depth`, and whether some of these have them unsplit."""
+    found = [set(geometric_names(block)) for block in list(stack.resblocks)[len(stack.resblocks) - depth :]]
+    kinds = tuple(kind for kind, leaves in LEAVES.items() if any(leaf in names for names in found for leaf in leaves))
+    return kinds, any(leaf not in names for names in found for kind in kinds for leaf in LEAVES[kind])
 
 
 def estimate(
@@ -344,25 +370,31 @@ def _estimate(
         rows=settings.batch,
         length=context,
         precision=precision,
-        geometric=settings.geometric,
+        geometric=sizes.text_split[0],
         checkpointing=settings.checkpointing,
         fused=device.type in ("cpu", "cuda"),
         on_cpu=on_cpu,
         ends=True,
         tokens=settings.batch * context,
         stretch=settings.batch * context,
+        partly=sizes.text_split[1],
     )
     captions = _packed(captions, caption_tokens)
     pictures = _of_pictures(config.vision, settings.batch, precision, device)
     pictures = replace(
-        pictures, blocks=sizes.vision_depth, geometric=settings.geometric, checkpointing=settings.checkpointing
+        pictures,
+        blocks=sizes.vision_depth,
+        geometric=sizes.vision_split[0],
+        checkpointing=settings.checkpointing,
+        partly=sizes.vision_split[1],
     )
 
     teachers = {anchor.teacher for anchor in settings.anchors} | ({"original"} if original else set())
+    mean = sum(sizes.trained) if settings.ema else 0
     need = Need(
-        weights=4 * (sizes.text - sizes.elsewhere + (sizes.vision if both or on_cpu else 0)),
+        weights=4 * (mean + sizes.text - sizes.elsewhere + (sizes.vision if both or on_cpu else 0)),
         gradients=4 * sum(sizes.trained),
-        moments=sum(moment_bytes(elements, settings.optimizer_state) for elements in sizes.trained),
+        moments=sum(moment_bytes(elements, settings.optimizer_state, settings.optimizer) for elements in sizes.trained),
         activations=0,
         teachers=4 * len(teachers) * sizes.teacher,
         other=0,
@@ -371,10 +403,17 @@ def _estimate(
     if settings.anchors:
         passes.append(_anchors(settings, captions, sizes))
     activations = max(kept for kept, _ in passes)
+    scaled = {neuron.tower for neuron in settings.neurons}  # of the hidden layer's gradient there is another copy
+    passes[0] = (
+        passes[0][0],
+        passes[0][1]
+        + max((one.hidden for one, tower in ((captions, "text"), (pictures, "vision")) if tower in scaled), default=0),
+    )
     open_block = GATHERED * 4 * sizes.block
     peaks = [peak + open_block for _, peak in passes]
     peaks.append(_measuring(captions) + 4 * sizes.shared)
     peaks += [_of_pictures(config.vision, COMPARED, "fp32", device).forward() + 4 * sizes.shared] if both else []
+    peaks.append(8 * sizes.shared if settings.ema else 0)  # to be saved, weights and means are there whole
     largest = max(sizes.trained, default=0)
     peaks.append(12 * largest)  # how far the largest tensor has moved
     if device.type != "cuda":  # weights as they were before the step; where there is no room for them they are left out
@@ -423,14 +462,14 @@ def _packed(captions: Pass, caption_tokens: Tensor | int | None) -> Pass:
 
 def _of_pictures(tower: VisionConfig, rows: int, precision: str, device: torch.device) -> Pass:
     """Pictures through a tower that nothing is kept of."""
-    length = 1 + (tower.image_size // tower.patch_size) ** 2
+    length = tower.tokens
     return Pass(
         tower=tower,
         blocks=0,
         rows=rows,
         length=length,
         precision=precision,
-        geometric=False,
+        geometric=(),
         checkpointing=False,
         fused=device.type in ("cpu", "cuda"),
         on_cpu=device.type == "cpu",
@@ -526,7 +565,13 @@ def _measuring(captions: Pass) -> int:
 
 
 def _stepping(settings: RepairConfig, largest: int, on_cpu: bool) -> int:
-    """Bytes that AdamW takes for itself while it steps: of bf16 a block in fp32 and its noise, of 8 bits a tensor."""
+    """Bytes that an optimizer takes for itself while it steps.
+
+    AdamW with bf16 a block in fp32 and its noise, with 8 bits a tensor; others copies of one tensor: AdaBelief of the
+    gradient's surprise and of the denominator, Lion of the update.
+    """
+    if settings.optimizer != "adamw":
+        return 4 * largest * len(MOMENTS[settings.optimizer])
     if settings.optimizer_state == "bf16":
         return 32 * min(largest, 1 << 18 if on_cpu else 1 << 22)
     return 12 * largest if settings.optimizer_state == "8bit" else 0
@@ -561,7 +606,7 @@ def check(
         f"are free ({need.sentence()})"
     )
     ways, largest = [], {False: 1, True: 1}  # by checkpointing: the largest batch so far
-    for state in STATES[STATES.index(settings.optimizer_state) :]:
+    for state in _states(settings):
         fitting = []
         for checkpointing in sorted({settings.checkpointing, True}):
             changed = replace(settings, optimizer_state=state, checkpointing=checkpointing)
@@ -575,7 +620,7 @@ def check(
             ways.append(f"With optimizer state {state}, which rounds its moments: {', or '.join(fitting)}.")
     if ways:
         raise InputError(f"{problem}. {' '.join(ways)}")
-    smallest = list(_pieces(replace(settings, checkpointing=True, optimizer_state=STATES[-1])))[-1]
+    smallest = list(_pieces(replace(settings, checkpointing=True, optimizer_state=_states(settings)[-1])))[-1]
     raise InputError(
         f"{problem}. {_too_large(smallest, need_of(smallest), need_of(smallest, CPU), sizes, device, free)}"
     )
@@ -591,6 +636,13 @@ def _pieces(settings: RepairConfig) -> Iterator[RepairConfig]:
     for batch in range(settings.batch, 1, -1):
         if pairs % batch == 0:
             yield replace(settings, batch=batch, accumulate=pairs // batch)
+
+
+def _states(settings: RepairConfig) -> tuple[str, ...]:
+    """What moments could be kept in, from what is set on to fewer bits."""
+    if settings.optimizer != "adamw":
+        return (settings.optimizer_state,)
+    return STATES[STATES.index(settings.optimizer_state) : -1 if settings.cycle_momentum else None]
 
 
 def _told(settings: RepairConfig) -> str:

@@ -5,6 +5,7 @@ exports, and does what it is asked meanwhile (`control`). The same inputs and se
 `run_id`. What a run is doing is computed from its live owner (`owner`), never stored.
 
     run.json            settings and identity of the inputs
+    config.toml         the settings, each with a sentence; another run takes them from here
     join.json           where every tensor of the joined CLIP came from
     dataset.json        what the data set holds, what was left out and why
     events.jsonl        everything that happened, one event per line (`telemetry`)
@@ -35,13 +36,13 @@ import torch
 from . import READ_POINTS, __version__, checkpoint, line, memory, telemetry
 from .checkpoint import CHECKPOINTS
 from .clip import CLIP, TextTower
-from .config import RepairConfig
+from .config import RepairConfig, holding
 from .control import BOX, Control
 from .distributed import ALONE, Group
 from .errors import InputError
 from .events import Event, Result, finish
 from .evidence import EVIDENCE, THUMBNAILS
-from .files import write_json
+from .files import write_json, write_text
 from .followers import follow, listen
 from .fsdp import Shards, check_shards
 from .history import SNAPSHOT
@@ -69,8 +70,9 @@ TURN = 0.25  # seconds between two looks of a run that waits for its turn
 HOUSEKEEPING = ("save_every", "keep", "checkpointing")  # settings that change no result
 PASSING = (LOCK, OWNER, BOX, FAILURE)  # what a folder may hold before it is a run's
 FILES = (
-    *("run.json", "join.json", "dataset.json", "result.json", "loss.png", "report.html", "clip.safetensors"),
-    *("prompt.json", "command.json", telemetry.EVENTS, SNAPSHOT, RESULT, BEST, FAILURE, OWNER, EVIDENCE),
+    *("run.json", "config.toml", "join.json", "dataset.json", "result.json", "loss.png", "report.html"),
+    *("clip.safetensors", "prompt.json", "command.json", telemetry.EVENTS, SNAPSHOT, RESULT, BEST, FAILURE, OWNER),
+    EVIDENCE,
 )
 _TRAINING = ("start", "resume", "step", "measure", "checkpoint", "resumed", "alarm", "out_of_memory")
 
@@ -157,12 +159,14 @@ def _clear_away(folder: Path) -> list[str]:
 
 def describe_run(inputs: Inputs, keys: list[str], config: RepairConfig) -> dict[str, object]:
     """Settings and identity of all inputs; two runs are the same if, and only if, these are equal."""
+    config = holding(config, inputs.concepts)
     return {
         "config": {name: value for name, value in config.to_json().items() if name not in HOUSEKEEPING},
         "text": _identity(inputs.text),
         "vision": _identity(inputs.vision),
         "original": inputs.original and _identity(inputs.original),
         "dataset": dataset_identity(inputs.index, keys),
+        "concepts": hashlib.sha256(json.dumps(inputs.concepts).encode()).hexdigest() if inputs.concepts else None,
     }
 
 
@@ -241,6 +245,9 @@ def repair(
     for inputs that do not work, for a folder of another run, when another process is at work in the folder, and when
     memory does not suffice.
     """
+    idle = [str(anchor) for anchor in config.anchors if anchor not in holding(config, inputs.concepts).anchors]
+    notes = [f"no captions of concepts were given: {', '.join(idle)} does not hold"] if idle else []
+    config = holding(config, inputs.concepts)
     if config.step_pairs < group.size:
         raise InputError(
             f"a step of {config.step_pairs} pairs cannot be shared by {group.size} processes; start fewer, or make the "
@@ -259,7 +266,7 @@ def repair(
     with own(folder, place):
         control = Control(folder, stop, busy)
         try:
-            for event in _repair(inputs, config, folder, cache, device, control, make_room, group, shards):
+            for event in _repair(inputs, config, notes, folder, cache, device, control, make_room, group, shards):
                 event["t"] = round(time.time(), 3)
                 again = event["type"] == "progress" or event.get("resumed")  # nothing happened
                 if not again and (folder / "run.json").exists():
@@ -290,6 +297,7 @@ def _note_failure(folder: Path, error: Exception) -> None:
 def _repair(
     inputs: Inputs,
     config: RepairConfig,
+    notes: list[str],
     folder: Path,
     cache: Path,
     device: torch.device,
@@ -314,11 +322,12 @@ def _repair(
     with torch.device("meta"):
         set_up(CLIP(joined.config), config, torch.device("meta"))  # settings that this model cannot have
     if not (folder / "run.json").exists():
+        write_text(config.to_toml(), folder / "config.toml")
         write_json(description | {"gmp_version": __version__}, folder / "run.json")
     with line.Place(line.device_name(device), folder) as place:
         if (yield from _wait(place, control, folder)):
             yield from _trained(
-                inputs, joined, keys, config, precision, folder, cache, device, control, make_room, group, shards
+                inputs, joined, keys, config, notes, precision, folder, cache, device, control, make_room, group, shards
             )
 
 
@@ -366,6 +375,7 @@ def _trained(
     joined: Joined,
     keys: list[str],
     config: RepairConfig,
+    notes: list[str],
     precision: str,
     folder: Path,
     cache: Path,
@@ -381,7 +391,7 @@ def _trained(
     clip, optimizer = _made(joined, config, device, group, shards)
     write_json(joined.as_json(), folder / "join.json")
     difference = inputs.original and unlike(inputs.text, inputs.original)
-    notes = [f"drift is not measured: {difference}"] if difference else []
+    notes = notes + ([f"drift is not measured: {difference}"] if difference else [])
     yield {"type": "join", "tensors": joined.summary(), "assumptions": joined.assumptions, "notes": notes}
 
     if group.size > 1:
@@ -402,7 +412,8 @@ def _trained(
         reference = text_tower(inputs.original, joined).to(device)
     texts = inputs.tokenize([prompt.text for prompt in prompts()]).ids
     files = _metadata(folder, joined)
-    scene = Scene(data.pairs, data.held, teachers, reference, joined.state, files, texts, joined.sources)
+    start = (joined.state, files, texts, joined.sources, data.concept_ids)
+    scene = Scene(data.pairs, data.held, teachers, reference, *start)
     try:
         group.barrier()
         taken = memory.Taken(need.total, before)
@@ -430,7 +441,7 @@ def _beside(
     _check_memory(inputs, joined, config, precision_of(config.precision, device), device, lambda needed: None, shards)
     clip, optimizer = _made(joined, config, device, group, shards)
     actions = {
-        "embed": lambda said: finish(embed_piece(inputs, clip, keys, cache, said["start"], group)),
+        "embed": lambda said: finish(embed_piece(inputs, clip, keys, cache, said["start"], group, config.pictures)),
         "meet": lambda said: group.barrier(),
     }
     if listen(group, actions)["do"] == "end":
@@ -439,7 +450,7 @@ def _beside(
     training, teachers = _begun(inputs, joined, clip, optimizer, data, config, device, shards)
     try:
         group.barrier()
-        yield from follow(training, data.pairs, teachers, config, folder, device, group)
+        yield from follow(training, data.pairs, teachers, config, folder, device, group, data.concept_ids)
     finally:
         if data.pairs.pixels:
             data.pairs.pixels.close()
@@ -485,7 +496,7 @@ def _check_memory(
     shards: Shards,
 ) -> memory.Need:
     """Raises InputError when the training would not fit into what is free on its device."""
-    known = {"caption_tokens": caption_tokens(inputs), "original": inputs.original is not None}
+    known = {"caption_tokens": caption_tokens(inputs, config), "original": inputs.original is not None}
     known |= {"processes": shards.group.size}
     make_room(memory.estimate(joined.config, config, precision, device, **known).total)
     return memory.check(joined.config, config, precision, device, memory.free(device), **known)

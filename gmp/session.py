@@ -31,11 +31,12 @@ from .history import SNAPSHOT, History
 from .layouts import Source, open_text, write_clip, write_text
 from .layouts.canonical import text_part, vision_part
 from .measure import measure_tower
+from .objective import held_out_loss
+from .pairs import Pairs
 from .plots import plot_losses, save
 from .report import write_report
 from .sharding import own, whole
-from .step import Pairs
-from .trainer import Training, held_out_loss, train
+from .trainer import Training, train
 from .training_data import HeldOut
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Scene:
     metadata: dict[str, str]  # of every file that is written
     prompts: Tensor  # (prompts, context_length), that structure is measured on
     sources: Mapping[str, Source]  # of `text`, `vision`, and `original` if there is one
+    concepts: Tensor | None = None  # (captions, context_length), of anchors on such
 
 
 class Session:
@@ -81,7 +83,7 @@ class Session:
         self.best: dict[str, object] | None = None  # step 0: no step was better than the start
         self._waited = 0  # measurements since the best one, those that were asked for by hand not counted
         self._saved: int | None = None
-        self._gathered: CLIP | None = None  # see `_clip`
+        self._gathered: dict[bool, CLIP] = {}  # see `_whole`
         self._actions = {"measure": self.measure, "save": self.save}
 
     def events(self) -> Iterator[Event]:
@@ -92,7 +94,8 @@ class Session:
             yield from self._finish()
             return
         self._go_on()
-        for event in train(training, self.scene.pairs, self.scene.teachers, config, self.device, group=self.group):
+        scene, together = self.scene, {"group": self.group, "concepts": self.scene.concepts}
+        for event in train(training, scene.pairs, scene.teachers, config, self.device, **together):
             yield event
             yield from self.alarms.hear(event)
             if event["type"] != "step":
@@ -121,18 +124,21 @@ class Session:
         yield from self._finish()
 
     def _go_on(self) -> None:
-        self._gathered = None
+        self._gathered.clear()
         self.group.broadcast_json({"do": "train"})
 
     def _clip(self) -> CLIP:
-        """The trained CLIP as it is now; where its weights are shared out, a whole one, kept until the next step."""
-        training = self.training
-        if not training.shards:
-            return training.clip
-        if self._gathered is None:
-            self.group.broadcast_json({"do": "gather"})
-            self._gathered = training.shards.whole_clip(training.clip)
-        return self._gathered
+        """The trained CLIP that is measured and given: with the mean of its weights, where there is one."""
+        return self._whole(self.training.ema is not None)
+
+    def _whole(self, mean: bool) -> CLIP:
+        """The CLIP as it is now, or with means; where weights are shared out, a whole one, kept until the next step."""
+        if not self.training.shards:
+            return whole_clip(self.training, mean)
+        if mean not in self._gathered:
+            self.group.broadcast_json({"do": "gather", "mean": mean})
+            self._gathered[mean] = whole_clip(self.training, mean)
+        return self._gathered[mean]
 
     def measure(self) -> Iterator[Event]:
         """A `measure` event, and what it sets off, if there are pairs to measure on. Keeps the best encoder."""
@@ -142,7 +148,8 @@ class Session:
         clip = self._clip()
         features = held.image_features(clip)
         first = first_captions(held.index.caption_counts)
-        losses = held_out_loss(clip, features, held.ids[first], self.scene.teachers, self.config)
+        given = {"concepts": self.scene.concepts}
+        losses = held_out_loss(clip, features, held.ids[first], self.scene.teachers, self.config, **given)
         values = measure_tower(clip, features, held.ids, held.index.owners(), self.scene.reference)
         worth = goodness(self.config.best_by, losses, values)
         if self.best is None or worth > self.best["worth"]:
@@ -165,7 +172,8 @@ class Session:
 
     def save(self) -> Iterator[Event]:
         """A checkpoint, and a snapshot of the history beside it, so that long runs are opened quickly."""
-        training, clip = self.training, self._clip()
+        training, clip = self.training, self._whole(mean=False)
+        mean = self._whole(mean=True) if training.ema else None
         self.group.broadcast_json({"do": "save"})
         checkpoint.save(
             self.folder / CHECKPOINTS,
@@ -175,7 +183,10 @@ class Session:
             training.state() | {"best": self.best, "waited": self._waited},
             self.config.keep,
             self.scene.metadata,
+            mean,
         )
+        if mean is not None:
+            self._gathered.pop(False, None)
         self._saved = training.step
         yield {"type": "checkpoint", "step": training.step}
         self._history()
@@ -189,12 +200,11 @@ class Session:
             yield from self.measure()
             return
         try:
-            state = checkpoint.restore(saved[-1], training.clip, training.optimizer, training.shards.parts)
+            state = restore(training, saved[-1])
         except InputError as error:
             older = f"go on from step {saved[-2].step}" if len(saved) > 1 else "start over"
             files = saved[-1].path("*")
             raise InputError(f"The newest checkpoint is damaged: {error}. Delete {files} to {older}") from None
-        training.restore(state)
         self.group.broadcast_json({"do": "restore", "step": training.step})
         self.best, self._waited = state["best"], state["waited"]
         yield {"type": "resume", "step": training.step} | steps
@@ -283,8 +293,9 @@ class Session:
             .requires_grad_(False)
             .to(self.device)
         )
-        before = yield from evidence.embed(vision, held.index, "pictures as they were seen before")
-        after = yield from evidence.embed(clip.visual, held.index, "pictures as they are seen now")
+        crop = (held.pictures, held.boxes)
+        before = yield from evidence.embed(vision, held.index, "pictures as they were seen before", *crop)
+        after = yield from evidence.embed(clip.visual, held.index, "pictures as they are seen now", *crop)
         return dict.fromkeys(towers, before) | {"repaired": after}
 
     def _without(self, alarm: str, what: str, error: Exception) -> Event:
@@ -304,7 +315,7 @@ class Session:
         return self.scene.metadata | {"step": str(self.training.step)}
 
     def _offload(self, away: bool) -> None:
-        self._gathered = None
+        self._gathered.clear()
         self.group.broadcast_json({"do": "offload", "away": away})
         reference = [self.scene.reference] if self.scene.reference else []
         towers = [*self.scene.teachers.values(), *reference]
@@ -322,9 +333,23 @@ def move(
     staying = [] if pairs.pixels else [clip.visual]  # a locked one is on the CPU already
     staying += [clip.transformer, clip.visual.transformer] if shards else []
     place = torch.device("cpu") if away else device
-    memory.move([clip, *towers], optimizer if shards else own(optimizer, group), place, staying)
+    mean = [training.ema.clip()] if training.ema and not shards else []  # means that are shared out stay, too
+    memory.move([clip, *mean, *towers], optimizer if shards else own(optimizer, group), place, staying)
     if away:
         memory.release(device)
+
+
+def restore(training: Training, saved: checkpoint.Checkpoint) -> dict[str, object]:
+    """Takes a training to a saved step; the checkpoint's JSON state. Raises InputError as `checkpoint.restore`."""
+    means = training.ema.means if training.ema else {}
+    state = checkpoint.restore(saved, training.clip, training.optimizer, training.shards.parts, means)
+    training.restore(state)
+    return state
+
+
+def whole_clip(training: Training, mean: bool) -> CLIP:
+    """The CLIP with all weights, or means, in the first process. Where they are shared out all processes call it."""
+    return training.ema.clip() if mean else training.shards.whole_clip(training.clip)
 
 
 def whole_optimizer(training: Training, group: Group) -> torch.optim.Optimizer | SimpleNamespace:

@@ -1,8 +1,8 @@
-"""AdamW's moments shared out over several processes: each keeps those of its own parameters, and takes their steps.
+"""Moments shared out over several processes: each keeps those of its own parameters, and takes their steps.
 
 The first stage of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054), by whole parameters. Every process has all weights
-and all gradients, so that a step's numbers stay what they are: AdamW looks at one element at a time. What it saves is
-8 bytes per parameter in fp32, but for its share, and the arithmetic of the others' steps.
+and all gradients, so that a step's numbers stay what they are: AdamW, AdaBelief and Lion look at one element at a time.
+What it saves is 8 bytes per parameter in fp32 (4 with Lion), but for its share, and the arithmetic of others' steps.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def shard(optimizer: torch.optim.Optimizer, group: Group) -> None:
 
     def before(*_) -> None:
         for parameter in foreign:
-            parameter.grad = None  # AdamW passes over what has none
+            parameter.grad = None  # optimizers pass over what has none
 
     def after(*_) -> None:
         for rank in range(group.size):
@@ -72,12 +72,12 @@ def whole(optimizer: torch.optim.Optimizer, group: Group) -> torch.optim.Optimiz
         def sent(part: Tensor, place: torch.device = parameter.device, rank: int = rank) -> Tensor:
             return group.send(part if group.rank else torch.empty_like(part, device=place), rank).cpu()
 
-        steps = sent(torch.tensor(float(state["step"]), device=parameter.device))
+        if "step" in state:  # otherwise steps are counted by group, in every process
+            steps = sent(torch.tensor(float(state["step"]), device=parameter.device))
+            state["step"] = steps
         for key, value in state.items():
             if _is_moment(key, value):
                 state[key] = _changed(value, sent)
-        if group.rank == 0:
-            state["step"] = steps
     return SimpleNamespace(param_groups=optimizer.param_groups, state=states)
 
 

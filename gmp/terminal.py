@@ -49,12 +49,19 @@ def tell(event: Event) -> str | None:
         broken = [f"{path} ({reason})" for path, reason in event["broken"]]
         left_out = {"not found": event["missing"], "without captions": event["uncaptioned"], "broken": broken}
         counts = f"{event['training pictures']} pictures to train on, {event['held-out pictures']} held out"
-        listed = "".join(f"\n{name}: {len(rows)}: {', '.join(rows[:5])}" for name, rows in left_out.items() if rows)
-        cut = event["captions cut to the context length"]
+        listed = "".join(
+            f"\n{name}: {len(rows)}: {', '.join(rows[:5])}{', … (all are in dataset.json)' if len(rows) > 5 else ''}"
+            for name, rows in left_out.items()
+            if rows
+        )
+        count = event["captions cut to the context length"]
+        places = {at: event.get(f"captions cut at a {at}") for at in ("sentence", "comma", "token")}
+        at = ", ".join(f"{number} at a {place}" for place, number in places.items() if number)
+        cut = f"\n{count} captions are too long and were cut" + (f": {at}" if at else "") if count else ""
         copies = {one: event.get(f"{one} that equal another") for one in ("training pictures", "training captions")}
         equal = [f"{count} {one}" for one, count in copies.items() if count]
         alike = f"\n{' and '.join(equal)} equal another, and are not its negatives" if equal else ""
-        return counts + listed + (f"\n{cut} captions are too long and were cut" if cut else "") + alike
+        return counts + listed + cut + alike
     if kind == "resume":
         return f"going on at step {event['step']} of {event['steps']}"
     if kind == "measure":

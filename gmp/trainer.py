@@ -19,15 +19,17 @@ from .config import RepairConfig
 from .data.sampler import Sampler
 from .data.shard_sampler import ShardSampler
 from .distributed import ALONE, Group
+from .ema import Ema
 from .errors import InputError
 from .fsdp import Shards
-from .geometric import is_mlp, to_geometric
-from .gradients import clip_gradients, norms_by_layer, share_of_non_finite, squares
-from .losses import anchor, info_nce
-from .measure import text_features
+from .geometric import to_sphere
+from .gradients import clip_gradients, clip_rows, norms_by_layer, share_of_non_finite, squares
+from .locks import choose, unfrozen
 from .memory import is_out_of_memory, release
-from .optim import make_optimizer, parameter_groups, schedule, set_rates
-from .step import Batch, Figures, Pairs, anchor_step, contrastive_step, read
+from .neurons import check_neurons, scaled
+from .optim import make_optimizer, momentum, parameter_groups, schedule, set_momentum, set_rates
+from .pairs import Batch, Pairs
+from .step import Figures, anchor_captions, anchor_step, contrastive_step
 from .tokenizer import lengths
 
 UPDATES_EVERY = 10  # steps between two looks at the size of the updates, which takes a copy of the weights
@@ -48,6 +50,7 @@ class Training:
     skipped: int = 0
     skipped_in_a_row: int = 0
     shards: Shards = field(default_factory=Shards)  # what of the CLIP is shared out over processes
+    ema: Ema | None = None  # the mean of its weights, where that is measured and given
 
     def state(self) -> dict[str, object]:
         """What a checkpoint keeps beside weights and optimizer. Schedule and random order follow from it."""
@@ -57,7 +60,7 @@ class Training:
             "micro_batch": self.micro_batch,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
-        }
+        } | ({"averaged": self.ema.updates} if self.ema else {})
 
     def restore(self, state: dict[str, object]) -> None:
         self.step = state["step"]
@@ -65,6 +68,8 @@ class Training:
         self.micro_batch = state.get("micro_batch", self.micro_batch)
         self.sampler.restore(state["sampler"])
         self.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            self.ema.updates = state["averaged"]
 
 
 def precision_of(name: str, device: torch.device) -> str:
@@ -81,23 +86,29 @@ def precision_of(name: str, device: torch.device) -> str:
 def set_up(
     clip: CLIP, config: RepairConfig, device: torch.device, shards: Shards | None = None
 ) -> torch.optim.Optimizer:
-    """Chooses what trains, splits the MLPs into r and theta, in place, and makes the optimizer.
+    """Chooses what trains, splits layers into r and theta, in place, and makes the optimizer.
 
     shards: share the weights out before there are moments, and are about this CLIP from then on.
     Raises InputError for settings that this model or device cannot have.
     """
     precision_of(config.precision, device)
-    clip.requires_grad_(True)
-    if config.train == "text":
-        clip.visual.requires_grad_(False)
+    check_neurons(clip.config, config.neurons)
     if config.geometric:
         clip.to("meta" if device.type == "meta" else "cpu")  # split in fp64, which some devices lack
-        to_geometric(clip, lambda name: is_mlp(name) and (config.train == "both" or not name.startswith("visual.")))
+    choose(clip, config)
     if not shards:
         clip.to(device)
     lr = config.rate(clip.text_config.width)
     try:
-        groups = parameter_groups(clip, lr, config.rates, config.weight_decay)
+        groups = parameter_groups(
+            clip,
+            lr,
+            config.rates,
+            config.weight_decay,
+            layer_decay=config.layer_decay,
+            decay=config.decay,
+            by_block=config.unfreeze is not None and config.optimizer == "adabelief",
+        )
     except ValueError as error:
         raise InputError(str(error)) from None
     if not groups:
@@ -105,7 +116,9 @@ def set_up(
     set_checkpointing(clip, config.checkpointing)
     if shards:
         shards.share_out(clip, groups, device, config.train == "both")
-    return make_optimizer(groups, config.betas, device, config.optimizer_state, config.seed)
+    return make_optimizer(
+        groups, config.betas, device, config.optimizer_state, config.seed, kind=config.optimizer, eps=config.eps
+    )
 
 
 def begin(
@@ -125,7 +138,10 @@ def begin(
     scaler = torch.amp.GradScaler(device.type, enabled=precision_of(config.precision, device) == "fp16")
     sampler = sampler or Sampler(counts, config.step_pairs, config.seed)
     steps = config.epochs * sampler.batches_per_epoch
-    return Training(clip, optimizer, scaler, sampler, steps, config.batch, shards=shards or Shards())
+    training = Training(clip, optimizer, scaler, sampler, steps, config.batch, shards=shards or Shards())
+    if config.ema:
+        training.ema = Ema(clip, optimizer, config.ema, training.shards)
+    return training
 
 
 def train(
@@ -136,32 +152,35 @@ def train(
     device: torch.device,
     statistics: bool = True,
     group: Group = ALONE,
+    concepts: Tensor | None = None,
 ) -> Iterator[dict[str, object]]:
     """Takes the steps that are left; after each yields a `step` event.
 
     A step that does not fit into memory is taken again in smaller pieces, after an `out_of_memory` event. `statistics`:
     also say how large gradients and updates are, layer by layer. group: the processes that share the pairs of a step;
-    all of them yield the same events, but for times and memory. Raises InputError when the run has diverged: nothing
-    but non-finite gradients for `MOST_SKIPS` steps.
+    all of them yield the same events, but for times and memory. concepts: (captions, context_length), what anchors on
+    concepts read. Raises InputError when the run has diverged: nothing but non-finite gradients for `MOST_SKIPS` steps.
     """
     clip, optimizer = training.clip, training.optimizer
     named = {n: p for n, p in training.shards.here(clip).items() if p.requires_grad}
-    warmup = round(config.warmup * training.total_steps)
     while training.step < training.total_steps:
         start = time.monotonic()
         epoch = training.sampler.epoch
         pictures, choice = next(training.sampler)
         more = training.step + 1 < training.total_steps
         upcoming = next(copy.copy(training.sampler))[0] if more else pictures[:0]
-        batch = pairs.batch(pictures, choice, upcoming)
+        batch = pairs.batch(pictures, choice, upcoming, training.step)
         tokens = lengths(batch.ids).sum().item()
-        factor = schedule(config.schedule, training.step, training.total_steps, warmup)
-        set_rates(optimizer, factor)
-        while (figures := _backward(training, pairs, teachers, batch, config, device, group)) is None:
-            training.micro_batch = (training.micro_batch + 1) // 2
-            optimizer.zero_grad(set_to_none=True)
-            release(device)
-            yield {"type": "out_of_memory", "step": training.step, "batch": training.micro_batch}
+        factor = _set_pace(training, config)
+        figures = None
+        while figures is None:
+            with unfrozen(clip, config, training.step, training.total_steps):
+                figures = _backward(training, pairs, teachers, batch, config, device, group, concepts)
+            if figures is None:
+                training.micro_batch = (training.micro_batch + 1) // 2
+                optimizer.zero_grad(set_to_none=True)
+                release(device)
+                yield {"type": "out_of_memory", "step": training.step, "batch": training.micro_batch}
         looks = statistics and (training.step == 0 or (training.step + 1) % UPDATES_EVERY == 0)
         taken = _step(training, named, figures, config, looks)
         training.step += 1
@@ -193,6 +212,17 @@ def train(
             )
 
 
+def _set_pace(training: Training, config: RepairConfig) -> float:
+    """Sets the rates of the step that comes, and its first beta where that cycles; what the rates are multiplied by."""
+    total = round(config.schedule_length * training.total_steps)
+    at = config.schedule, training.step, total, config.warmup * total
+    if config.cycle_momentum:
+        set_momentum(training.optimizer, momentum(*at))
+    factor = schedule(*at)
+    set_rates(training.optimizer, factor)
+    return factor
+
+
 @dataclass(frozen=True)
 class _Taken:
     """The numbers of a step that was taken, or skipped."""
@@ -214,17 +244,19 @@ def _backward(
     config: RepairConfig,
     device: torch.device,
     group: Group,
+    concepts: Tensor | None = None,
 ) -> Figures | None:
     """Losses and gradients of a step, None where memory was short: the gradients are then to be thrown away."""
     training.optimizer.zero_grad(set_to_none=True)
     dtype = DTYPES[precision_of(config.precision, device)]
     clip, scaler, size = training.clip, training.scaler, training.micro_batch
+    progress = training.step / max(1, training.total_steps - 1)
     try:
         with precision(dtype, clip, *teachers.values()):
-            figures = contrastive_step(clip, pairs, batch, config, scaler, size, device, group)
-            losses = anchor_step(
-                clip, teachers, batch.ids[: config.anchor_captions], config, scaler, size, device, group
-            )
+            with scaled(clip, config.neurons):
+                figures = contrastive_step(clip, pairs, batch, config, scaler, size, device, group)
+            captions = anchor_captions(batch, concepts, config, training.step)
+            losses = anchor_step(clip, teachers, captions, config, progress, scaler, size, device, group)
     except RuntimeError as error:
         if size == 1 or group.size > 1 or not is_out_of_memory(error):
             raise  # processes that wait for each other cannot take a step again alone
@@ -256,13 +288,17 @@ def _step(
     ratios, scale = {}, values[-1]
     if finite:
         clip_gradients(parameters, grad_norm, config.clip_norm)
+        clip_rows(names, parameters, config.clip_adaptive, shards.sum)
         before = _copies(parameters) if looks else None
         scaler.step(training.optimizer)
+        to_sphere(clip, found)
         with torch.no_grad():
             clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
         if clip.logit_scale.requires_grad:
             scale = clip.logit_scale.item()
         training.skipped_in_a_row = 0
+        if training.ema:
+            training.ema.update()
         if looks and not shards.group.any(before is None):  # they are summed by all processes or by none
             ratios = _update_ratios(names, before, parameters, shards)
     else:
@@ -301,33 +337,3 @@ def _update_ratios(
     moved, stood = shards.sum(names, torch.stack([squares(before), weights])).tolist()
     moved, stood = norms_by_layer(names, moved), norms_by_layer(names, stood)
     return {key: moved[key] / stood[key] for key in moved if stood[key] > 0}
-
-
-@torch.no_grad()
-def held_out_loss(
-    clip: CLIP,
-    image_features: Tensor,
-    ids: Tensor,
-    teachers: dict[str, TextTower],
-    config: RepairConfig,
-    batch: int = 256,
-) -> dict[str, float]:
-    """The trained objective on pairs that are not trained on: (N, embed_dim) pictures and (N, L) captions.
-
-    It weighs alignment and anchors against each other as training does; the best checkpoint is chosen by it, since
-    neither recall nor closeness to the original sees what the other does.
-    """
-    device = clip.logit_scale.device
-    losses = {
-        "contrastive": info_nce(image_features.to(device), text_features(clip, ids).to(device), clip.logit_scale).item()
-    }
-    for one in config.anchors:
-        total = 0.0
-        for chunk in ids[:batch].split(64):
-            chunk = chunk.to(device)
-            mine, theirs = (read(tower, chunk, (one,)) for tower in (clip, teachers[one.teacher]))
-            total += len(chunk) * anchor(mine[one.read_point], theirs[one.read_point]).item()
-        losses[str(one)] = one.weight * total / min(batch, len(ids))
-    if not all(math.isfinite(value) for value in losses.values()):
-        losses = {name: math.inf for name in losses}
-    return losses | {"loss": sum(losses.values())}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+import hashlib
+import json
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -11,19 +13,24 @@ import torch
 from torch import Tensor
 
 from .clip import CLIP
-from .config import RepairConfig
+from .config import Captions, Pictures, RepairConfig
 from .data.captions import Index, check_pictures, dataset_key, held_out_count, split
-from .data.images import PicturesAhead, load_batches, normalize
+from .data.crops import Box
+from .data.images import PLAIN, PicturesAhead, load_batches, normalize
+from .data.mirror import mirror
+from .data.policy import CUT_AT, Finished, canonical, check, chosen, finish, has_draws
+from .data.sampler import Sampler
 from .data.shard_sampler import ShardSampler
 from .data.shards import PICTURES, ShardPairs, Shards, embed_tars, hold_out
 from .data.tars import Tars
+from .data.words import Words
 from .distributed import Group
 from .duplicates import alike, alike_keys
 from .errors import InputError
 from .events import Event, mapped, progress
-from .features import content_keys, embed_files
+from .features import Features, content_keys, embed_files, salient_boxes
 from .layouts import TowerFile
-from .step import Pairs
+from .pairs import Pairs, Texts
 from .tokenizer import Tokenize, lengths
 
 PIECE = 16384  # pictures that each of several processes embeds between two looks at what the run is asked for
@@ -32,29 +39,34 @@ PIECE = 16384  # pictures that each of several processes embeds between two look
 @dataclass(frozen=True)
 class Inputs:
     """What a repair starts from. `original` is the text tower of the vision tower's CLIP, where the file has one;
-    `index` are captioned pictures in a folder, or in tars."""
+    `index` are captioned pictures in a folder, or in tars; `concepts` are captions without pictures, of what the broken
+    encoder was taught and is to keep."""
 
     text: TowerFile
     vision: TowerFile
     original: TowerFile | None
     index: Index | Tars
     tokenize: Tokenize
+    concepts: tuple[str, ...] = ()  # captions of what the fine-tune taught, for anchors
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Pairs that are measured and never trained on."""
+    """Pairs that are measured and never trained on: captions with nothing drawn, pictures as they are cropped."""
 
     index: Index
     ids: Tensor  # (captions, context_length)
     features: Tensor | None  # (pictures, embed_dim) of a locked vision tower
+    pictures: Pictures = PLAIN
+    boxes: Sequence[Box | None] | None = None  # where the salient crop is
 
     @torch.no_grad()
     def image_features(self, clip: CLIP) -> Tensor:
         """(pictures, embed_dim): as they were cached, or by the tower as it is now"""
         if self.features is not None:
             return self.features
-        batches = load_batches(self.index.paths, clip.visual.vision_config.image_size, batch=64)
+        size = clip.visual.vision_config.image_size
+        batches = load_batches(self.index.paths, size, batch=64, pictures=self.pictures, boxes=self.boxes)
         device = clip.logit_scale.device
         return torch.cat([clip.encode_image(normalize(pixels.to(device))).float().cpu() for pixels in batches])
 
@@ -66,23 +78,53 @@ class Data:
     pairs: Pairs | ShardPairs
     held: HeldOut
     report: dict[str, object]
-    sampler: ShardSampler | None = None
+    sampler: Sampler | ShardSampler | None = None  # None: every picture once in an epoch, with any of its captions
+    concept_ids: Tensor | None = None  # (captions, context_length)
 
 
-def caption_tokens(inputs: Inputs) -> Tensor | int:
-    """Tokens of every caption, (captions,); those of tars are not known yet, and may fill the context."""
+def caption_tokens(inputs: Inputs, config: RepairConfig | None = None) -> Tensor | int:
+    """Tokens of every caption, (captions,), as the configuration has them; those of tars are not known yet, and may
+    fill the context."""
     if isinstance(inputs.index, Tars):
         return inputs.text.config.context_length
-    return lengths(inputs.tokenize(inputs.index.captions()).ids)
+    if config is None:
+        return lengths(inputs.tokenize(inputs.index.captions()).ids)
+    index = _chosen(inputs.index, config.captions, inputs.tokenize)
+    return lengths(finish(index.captions(), config.captions, inputs.tokenize).ids)
 
 
 def check_source(index: Index | Tars, config: RepairConfig) -> None:
     """Raises InputError where these pictures cannot be trained on so."""
-    if not isinstance(index, Tars):
+    if isinstance(index, Tars):
+        _check_tars(config)
+    elif not _repeats(index):
         check_size(len(index), config)
-    elif config.train == "both":
+    elif (visits := sum(index.repeats)) < config.step_pairs:
+        raise InputError(
+            f"an epoch visits pictures {visits:g} times, less than one step of {config.step_pairs} pairs (batch "
+            f"{config.batch} × accumulate {config.accumulate}); raise their repeats, or make the batch smaller"
+        )
+
+
+def _repeats(index: Index) -> bool:
+    """Whether an epoch visits some pictures more or less often than once."""
+    return any(times != 1 for times in index.repeats)
+
+
+def _check_tars(config: RepairConfig) -> None:
+    """Raises InputError for settings that tars cannot have."""
+    if config.train == "both":
         raise InputError(
             "tars are embedded once, which needs a locked vision tower: set train to text, or unpack them into a folder"
+        )
+    if config.pictures.views > 1:
+        raise InputError(
+            "tars are embedded once, with one view of each picture: set pictures.views to 1, or unpack them"
+        )
+    if config.pictures.crop == "salient":
+        raise InputError(
+            "tars are read once, and a salient crop looks at a picture first: set pictures.crop to centre or "
+            "letterbox, or unpack them into a folder"
         )
 
 
@@ -97,7 +139,10 @@ def check_size(pictures: int, config: RepairConfig) -> None:
 
 def dataset_identity(index: Index | Tars, keys: list[str]) -> str:
     """By content; of tars, which are read when it is their turn, by place, size and version."""
-    return index.key if isinstance(index, Tars) else dataset_key(index, _by_path(index, keys))
+    if isinstance(index, Tars):
+        return index.key
+    key = dataset_key(index, _by_path(index, keys))
+    return hashlib.sha256(json.dumps([key, index.repeats]).encode()).hexdigest() if _repeats(index) else key
 
 
 def _by_path(index: Index, keys: list[str]) -> dict[str, str]:
@@ -114,64 +159,180 @@ def picture_keys(index: Index | Tars, cache: Path) -> Generator[Event, None, lis
 def training_data(
     inputs: Inputs, clip: CLIP, keys: list[str], config: RepairConfig, cache: Path
 ) -> Generator[Event, None, Data]:
-    """The pictures that decode, embedded where the vision tower is locked, and their captions as tokens."""
+    """The pictures that decode, embedded where the vision tower is locked, and their captions as tokens.
+
+    Raises InputError for captions that prefix and suffix leave no room for.
+    """
+    check(config.captions, inputs.tokenize)
     if isinstance(inputs.index, Tars):
         return (yield from _from_tars(inputs, clip, config, cache))
-    index, features = inputs.index, None
-    if config.train == "text":
-        names = [picture.path for picture in index.pictures]
-        features, broken = yield from embed_files(clip.visual, index.root, names, keys, cache)
-        index = index.without(broken)
-    else:
-        index = yield from check_pictures(index)
-    count = held_out_count(len(index), config.held_out, config.held_out_most)
     contents = _by_path(inputs.index, keys)
-    train_index, held_index = split(index, contents, count)
-    train_tokens = inputs.tokenize(train_index.captions())
-    held_tokens = inputs.tokenize(held_index.captions())
-    same_picture = alike_keys([contents[picture.path] for picture in train_index.pictures])
-    same_caption = alike(train_tokens.ids)
+    views: list[Features] = []
+    boxes: dict[str, Box | None] = {}
+    if config.train == "text":
+        index, views = yield from _views(inputs.index, clip, contents, config, cache)
+    else:
+        index = yield from check_pictures(inputs.index)
+        if config.pictures.crop == "salient":
+            names, found = _named(index, contents)
+            squares = yield from salient_boxes(clip.visual, index.root, names, found, cache)
+            boxes = dict(zip(names, squares, strict=True))
+    rows = {picture.path: row for row, picture in enumerate(index.pictures)}
+    count = held_out_count(len(index), config.held_out, config.held_out_most)
+    parts = split(index, contents, count)
+    train_index, held_index = (_chosen(part, config.captions, inputs.tokenize) for part in parts)
+
+    pairs, finished = _pairs(train_index, contents, inputs.tokenize, config)
+    held_captions = finish(held_index.captions(), config.captions, inputs.tokenize)
+    held = HeldOut(held_index, held_captions.ids, None, config.pictures)
+    if views:
+        mine, theirs = ([rows[one.path] for one in part.pictures] for part in (train_index, held_index))
+        first, *more = (view.pick(mine) for view in views)
+        pairs = replace(pairs, features=first, more_views=tuple(more))
+        held = replace(held, features=views[0].pick(theirs)[:])
+    else:
+        mine, theirs = (
+            [boxes[one.path] for one in part.pictures] if boxes else None for part in (train_index, held_index)
+        )
+        size = clip.visual.vision_config.image_size
+        pixels = PicturesAhead(train_index.paths, size, pictures=config.pictures, boxes=mine)
+        pairs, held = replace(pairs, pixels=pixels), replace(held, boxes=theirs)
+    sampler, concepts = _sampler(train_index, config), _concepts(inputs, config)
     report = asdict(index.report) | {
         "training pictures": len(train_index),
         "held-out pictures": len(held_index),
-        "captions cut to the context length": train_tokens.truncated + held_tokens.truncated,
-        "captions with a literal special token taken out": train_tokens.specials + held_tokens.specials,
-        "training pictures that equal another": _copies(same_picture),
-        "training captions that equal another": _copies(same_caption),
+        **_cut(finished, held_captions),
+        "training pictures that equal another": _copies(pairs.same_picture),
+        "training captions that equal another": _copies(pairs.same_caption[: len(train_index.captions())]),
+        "training captions that a flip mirrors": len(pairs.same_caption) - len(train_index.captions()),
+        "visits of pictures in an epoch": sampler.visits if sampler else len(train_index),
+        "views of each picture": config.pictures.views,
+        "captions of concepts": 0 if concepts is None else len(concepts),
     }
-    held = HeldOut(held_index, held_tokens.ids, None)
-    if features is None:
-        pixels = PicturesAhead(train_index.paths, clip.visual.vision_config.image_size)
-        pairs = Pairs(train_tokens.ids, train_index.caption_counts, None, pixels, same_picture, same_caption)
-        return Data(pairs, held, report)
-    rows = {picture.path: row for row, picture in enumerate(index.pictures)}
-    mine, theirs = (features.pick([rows[one.path] for one in part.pictures]) for part in (train_index, held_index))
-    pairs = Pairs(train_tokens.ids, train_index.caption_counts, mine, None, same_picture, same_caption)
-    return Data(pairs, replace(held, features=theirs[:]), report)
+    return Data(pairs, held, report, sampler, concepts)
+
+
+def _views(
+    index: Index, clip: CLIP, contents: dict[str, str], config: RepairConfig, cache: Path
+) -> Generator[Event, None, tuple[Index, list[Features]]]:
+    """The pictures that decode, and features of every view of them; the first view is the plain crop."""
+    views = []
+    for view in range(config.pictures.views):
+        names, keys = _named(index, contents)
+        work = embed_files(clip.visual, index.root, names, keys, cache, pictures=config.pictures, view=view)
+        features, broken = yield from work
+        if broken and view:
+            raise InputError(f"{len(broken)} pictures cannot be read any more: {', '.join(list(broken)[:5])}")
+        index = index.without(broken)
+        views.append(features)
+    return index, views
+
+
+def _named(index: Index, contents: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Paths and content keys of an index's pictures."""
+    names = [picture.path for picture in index.pictures]
+    return names, [contents[name] for name in names]
+
+
+def _chosen(index: Index, policy: Captions, tokenize: Tokenize) -> Index:
+    """The index with the captions that are taken from."""
+    captions = chosen([picture.captions for picture in index.pictures], policy, tokenize)
+    pictures = zip(index.pictures, captions, strict=True)
+    return replace(index, pictures=tuple(replace(picture, captions=left) for picture, left in pictures))
+
+
+def _pairs(index: Index, contents: dict[str, str], tokenize: Tokenize, config: RepairConfig) -> tuple[Pairs, Finished]:
+    """Training pairs without features and pixels, and their captions as they are without draws and flips."""
+    policy, keys = config.captions, _named(index, contents)[1]
+    captions, mirrored = index.captions(), None
+    rows = list(captions)
+    if config.pictures.flip and policy.mirror:
+        turned = [mirror(caption) for caption in captions]
+        changed = [i for i, (one, other) in enumerate(zip(captions, turned, strict=True)) if one != other]
+        mirrored = torch.arange(len(captions))
+        mirrored[changed] = torch.arange(len(captions), len(captions) + len(changed))
+        rows += [turned[i] for i in changed]
+    finished, more = finish(captions, policy, tokenize), finish(rows[len(captions) :], policy, tokenize)
+    ids = torch.cat([finished.ids, more.ids]) if mirrored is not None else finished.ids
+    texts, same_caption = None, None
+    if has_draws(policy):
+        texts, same_caption = Texts(rows, policy, Words(tokenize)), alike_keys([canonical(row, policy) for row in rows])
+    pairs = Pairs(
+        ids,
+        index.caption_counts,
+        None,
+        None,
+        alike_keys(keys),
+        alike(ids) if same_caption is None else same_caption,
+        keys=keys,
+        looks=config.pictures,
+        mirrored=mirrored,
+        texts=texts,
+        seed=config.seed,
+    )
+    return pairs, finished
+
+
+def _sampler(index: Index, config: RepairConfig) -> Sampler | None:
+    """What visits pictures more or less often than once in an epoch, or takes their captions in turn."""
+    in_turn = config.captions.choose == "in_turn"
+    if not _repeats(index) and not in_turn:
+        return None
+    return Sampler(index.caption_counts, config.step_pairs, config.seed, index.repeats, in_turn)
+
+
+def _concepts(inputs: Inputs, config: RepairConfig) -> Tensor | None:
+    """Tokens of the concepts' captions, which nothing is put around."""
+    if not inputs.concepts:
+        return None
+    return finish(inputs.concepts, Captions(cut=config.captions.cut), inputs.tokenize).ids
+
+
+def _cut(*parts: Finished) -> dict[str, int]:
+    """Lines of the report."""
+    return {
+        "captions cut to the context length": sum(len(part.cut) for part in parts),
+        **{f"captions cut at a {at}": sum(part.count(at) for part in parts) for at in CUT_AT},
+        "captions with a literal special token taken out": sum(part.specials for part in parts),
+    }
 
 
 def _from_tars(inputs: Inputs, clip: CLIP, config: RepairConfig, cache: Path) -> Generator[Event, None, Data]:
     """The pictures in tars, embedded tar by tar; training reads their shards as it goes."""
-    paths = yield from embed_tars(clip.visual, inputs.index, inputs.tokenize, cache)
+    policy, tokenize = config.captions, inputs.tokenize
+    paths = yield from embed_tars(clip.visual, inputs.index, tokenize, cache, pictures=config.pictures)
     shards = Shards(paths)
     if not len(shards):
         left_out = "".join(f"\n  {name}: {reason}" for name, reason in shards.report().broken[:5])
         raise InputError(f"there is no picture beside its captions in {len(paths)} tars{left_out}")
     check_size(len(shards), config)
     held = hold_out(shards, held_out_count(len(shards), config.held_out, config.held_out_most))
-    pairs = ShardPairs(shards, held)
-    held_index = shards.index(held, paths[0].parent / PICTURES)
-    held_ids = inputs.tokenize(held_index.captions()).ids
+    pairs = ShardPairs(shards, held, policy, tokenize, config.seed)
+    held_index = _chosen(shards.index(held, paths[0].parent / PICTURES), policy, tokenize)
+    held_ids = finish(held_index.captions(), policy, tokenize).ids
+    sampler, concepts = pairs.sampler(config.step_pairs, config.seed), _concepts(inputs, config)
     report = asdict(held_index.report) | {
         "training pictures": len(pairs),
         "held-out pictures": len(held),
         "pictures left out": shards.told("left_out_count"),
         "captions cut to the context length": shards.told("truncated"),
+        **_cut_in(shards, policy),
         "captions with a literal special token taken out": shards.told("specials"),
+        "visits of pictures in an epoch": len(pairs),
+        "views of each picture": 1,
+        "captions of concepts": 0 if concepts is None else len(concepts),
     }
     features = shards.of_pictures("features", held).float()
-    sampler = pairs.sampler(config.step_pairs, config.seed)
-    return Data(pairs, HeldOut(held_index, held_ids, features), report, sampler)
+    return Data(pairs, HeldOut(held_index, held_ids, features), report, sampler, concepts)
+
+
+def _cut_in(shards: Shards, policy: Captions) -> dict[str, int]:
+    """Lines of the report; none where prefix or suffix make more captions too long than the shards have counted."""
+    if policy.prefix or policy.suffix:
+        return {}
+    if policy.cut == "tokens":
+        return {f"captions cut at a {at}": shards.told("truncated") if at == "token" else 0 for at in CUT_AT}
+    return {f"captions cut at a {at}": shards.told(f"cut at a {at}") for at in CUT_AT}
 
 
 def _copies(groups: Tensor) -> int:
@@ -192,7 +353,7 @@ def embed_together(
     if config.train == "text":
         for start in range(0, len(inputs.index), _piece(inputs.index, group)):
             group.broadcast_json({"do": "embed", "start": start})
-            yield from embed_piece(inputs, clip, keys, cache, start, group)
+            yield from embed_piece(inputs, clip, keys, cache, start, group, config.pictures)
     group.broadcast_json({"do": "meet"})
     group.barrier()
     return True
@@ -204,9 +365,9 @@ def _piece(index: Index | Tars, group: Group) -> int:
 
 
 def embed_piece(
-    inputs: Inputs, clip: CLIP, keys: list[str], cache: Path, start: int, group: Group
+    inputs: Inputs, clip: CLIP, keys: list[str], cache: Path, start: int, group: Group, pictures: Pictures = PLAIN
 ) -> Generator[Event, None, None]:
-    """This process's share of the pictures, or tars, from `start` on."""
+    """This process's share of the pictures, in all their views, or of the tars, from `start` on."""
     index, total = inputs.index, len(inputs.index)
     rows = range(total)[start : start + _piece(index, group)]
     mine = rows[group.rows(len(rows))]
@@ -221,9 +382,12 @@ def embed_piece(
     if isinstance(index, Tars):
         with contextlib.suppress(InputError):  # a damaged tar is told of with all others, once these are done
             yield from mapped(
-                embed_tars(clip.visual, index, inputs.tokenize, cache, part=(mine[0], total)),
+                embed_tars(clip.visual, index, inputs.tokenize, cache, part=(mine[0], total), pictures=pictures),
                 of_all,
             )
         return
     names = [index.pictures[row].path for row in mine]
-    yield from mapped(embed_files(clip.visual, index.root, names, keys[mine.start : mine.stop], cache), of_all)
+    for view in range(pictures.views):
+        found = keys[mine.start : mine.stop]
+        work = embed_files(clip.visual, index.root, names, found, cache, pictures=pictures, view=view)
+        yield from mapped(work, of_all)

@@ -9,9 +9,11 @@ together with an encoder reads it where it went.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from . import presets
 from .errors import InputError
+from .presets import Preset
 from .structure import Structure
 
 # ---- thresholds: those of the structure lie between what a repair of the small world leaves and what its ruin does ---
@@ -56,40 +58,12 @@ REPAIR_TARGETS = {
 
 
 @dataclass(frozen=True)
-class Preset:
-    """Settings of GmP Repair."""
-
-    name: str
-    target: str
-    anchor_weight: float  # to the original
-    broken_weight: float  # to the encoder as it is now
-    epochs: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.name} (GmP Repair with target {self.target}, anchor_weight {self.anchor_weight:g}, broken_weight "
-            f"{self.broken_weight:g}, epochs {self.epochs})"
-        )
-
-
-# Two anchors where the diffusion model was trained along with the encoder: contrastive loss alone drifts from both, the
-# original alone takes back what the pair has learned. Flux was trained with the original, so only that one counts.
-PRESETS = {
-    "sdxl-repair": Preset("sdxl-repair", REPAIR_TARGETS["penultimate"], 0.3, 0.3, 5),
-    "clip-g": Preset("clip-g", REPAIR_TARGETS["penultimate"], 0.3, 0.3, 3),
-    "sd15": Preset("sd15", REPAIR_TARGETS["last"], 0.3, 0.3, 5),
-    "flux-repair": Preset("flux-repair", REPAIR_TARGETS["pooled"], 0.3, 0.0, 5),
-    "gentle": Preset("gentle", REPAIR_TARGETS["penultimate"], 0.3, 1.0, 1),
-}
-
-
-@dataclass(frozen=True)
 class Target:
     """A diffusion model and where it reads this text encoder."""
 
     name: str
     read_points: tuple[str, ...]
-    preset: str
+    preset: str  # of `presets`, by name
 
 
 def targets(member: str | None) -> dict[str, Target]:
@@ -303,10 +277,9 @@ def _finding(points: Sequence[Reading], alignment: Alignment) -> str:
 
 def _preset(finding: str, target: Target) -> Preset | None:
     if finding in ("collapsed", "rearranged", "far"):
-        return PRESETS[target.preset]
+        return presets.preset(target.preset)
     if finding in ("loosened", "misaligned"):
-        gentle = PRESETS["gentle"]
-        return replace(gentle, target=REPAIR_TARGETS[target.read_points[0]])
+        return presets.aimed(presets.preset("gentle"), target.read_points[0])
     return None
 
 
@@ -318,9 +291,10 @@ def _advice(finding: str, target: Target, preset: Preset | None) -> str:
     why = {
         "collapsed": "what is no longer told apart can't come back from this encoder alone; if pictures still obey "
         "their prompts, raise broken_weight",
-        "rearranged": "if pictures of the paired model still obey their prompts, raise broken_weight or leave it alone",
-        "far": "if it was trained together with its diffusion model, raise broken_weight rather than anchor_weight, or "
-        "leave it alone",
+        "rearranged": "give captions of what the fine-tune taught as concepts, which keeps it; if pictures of the "
+        "paired model still obey their prompts, raise broken_weight or leave it alone",
+        "far": "if it was trained together with its diffusion model, give captions of what it was taught as concepts "
+        "and raise broken_weight rather than anchor_weight, or leave it alone",
         "loosened": "where it is read, prompts are only partly rearranged",
         "misaligned": "what is read is sound, the alignment alone seems to have suffered",
     }[finding]

@@ -30,7 +30,7 @@ from gmp.geometric import to_geometric
 from gmp.gradients import share_of_non_finite, squares
 from gmp.layouts import read_text, read_vision
 from gmp.losses import info_nce
-from gmp.optim import make_optimizer, parameter_groups
+from gmp.optim import STATES, make_optimizer, parameter_groups
 from gmp.run import Inputs, repair
 from gmp.sharding import shard, whole
 from tests.small import small_clip, tokenize
@@ -38,6 +38,7 @@ from tests.small import small_clip, tokenize
 CPU = torch.device("cpu")
 PAIRS, WIDTH = 11, 6  # no number of processes divides them evenly
 STEPS = 4
+OPTIMIZERS = ("fp32", "bf16", "adabelief", "lion")
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -114,10 +115,21 @@ def losses(group: Group, folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def steps(group: Group, folder: Path) -> dict[str, torch.Tensor]:
+    """Losses and gradients of a step with every loss and its anchors, as `test_step` takes them.
+
+    One of them with weights that are shared out.
+    """
+    from tests.test_step import CONFIGS, taken
+
+    found = {f"{name}.{key}": v for name, config in CONFIGS.items() for key, v in taken(config, group).items()}
+    return found | {f"sharded.{key}": v for key, v in taken(CONFIGS["infonce"], group, sharded=True).items()}
+
+
 def adam(group: Group, folder: Path) -> dict[str, torch.Tensor]:
-    """Steps of an optimizer whose moments are shared out, and the checkpoint that the first process saves."""
+    """Steps of optimizers whose moments are shared out, and the checkpoint that the first process saves."""
     found = {}
-    for state in ("fp32", "bf16"):
+    for state in OPTIMIZERS:
         model, optimizer = optimized(state)
         shard(optimizer, group)
         for step in range(STEPS):
@@ -147,12 +159,15 @@ def adam(group: Group, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def optimized(state: str, seed: int = 0) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """state: of `OPTIMIZERS`, which are AdamW's states and other kinds."""
     model = torch.nn.Sequential(torch.nn.Linear(90, 70), torch.nn.Linear(70, 60), torch.nn.LayerNorm(60))
     with torch.no_grad():
         for n, parameter in enumerate(model.parameters()):
             parameter.copy_(numbers(*parameter.shape, seed=100 * seed + n))
     groups = parameter_groups(model, 1e-2, {"1.*": 0.5}, 0.1)
-    return model, make_optimizer(groups, (0.9, 0.98), CPU, state, 3)
+    if state in STATES:
+        return model, make_optimizer(groups, (0.9, 0.98), CPU, state, 3)
+    return model, make_optimizer(groups, (0.9, 0.98), CPU, kind=state)
 
 
 def grow(model: torch.nn.Module, step: int) -> None:
@@ -292,7 +307,9 @@ def run(group: Group, folder: Path) -> dict[str, torch.Tensor]:
     return {}
 
 
-CASES = {case.__name__: case for case in (pieces, contrastive, losses, adam, shards, large, unlike, dies, hangs, run)}
+CASES = {
+    case.__name__: case for case in (pieces, contrastive, losses, steps, adam, shards, large, unlike, dies, hangs, run)
+}
 
 
 def main(case: str, folder: str) -> None:

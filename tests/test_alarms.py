@@ -581,7 +581,7 @@ def test_a_healthy_run_that_goes_wrong_sets_off_what_it_should():
 RUNS = {
     "text": RepairConfig(epochs=20, batch=8, lr=1e-3, held_out=0.08, save_every=100),
     "both": RepairConfig(epochs=8, batch=4, accumulate=2, lr=1e-3, held_out=0.08, save_every=100, train="both"),
-    "plain": RepairConfig(epochs=20, batch=8, lr=1e-3, held_out=0, anchors=(), geometric=False, save_every=100),
+    "plain": RepairConfig(epochs=20, batch=8, lr=1e-3, held_out=0, anchors=(), geometric=(), save_every=100),
 }
 
 

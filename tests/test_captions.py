@@ -86,8 +86,12 @@ def test_hidden_names_are_skipped(root):
 def test_text_files_that_are_not_utf8_are_all_named(root):
     (root / "a.txt").write_bytes(b"caf\xe9")
     (root / "b.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match=r"2 caption files.*a\.txt, b\.txt.*UTF-8"):
+    with pytest.raises(InputError, match=r"None of the caption files.*a\.txt.*cp1252.*UTF-8"):
         read_index(root)
+    write(root / "e.txt", "whole")  # the others are left out then, and told
+    report = read_index(root).report
+    assert [path for path, _ in report.garbled] == ["a.txt", "b.txt"] and len(report.uncaptioned) == 4
+    assert "caption files that can't be read: 2: a.txt (not UTF-8 text" in str(report)
 
 
 def test_no_captions_at_all(root):
@@ -186,7 +190,7 @@ def test_paths_that_leave_the_folder_are_refused(root, tmp_path, key):
         read_index(root, write(tmp_path / "c.json", {key: ["x"], "a.jpg": ["y"]}))
 
 
-@pytest.mark.parametrize("key", ["", ".", "sub", "a.gif", "notes.txt"])
+@pytest.mark.parametrize("key", ["", ".", "sub", "a.tif", "notes.txt"])
 def test_files_that_are_not_pictures(root, tmp_path, key):
     with pytest.raises(InputError, match="not pictures"):
         read_index(root, write(tmp_path / "c.json", {key: ["x"]}))
@@ -217,7 +221,7 @@ def test_missing_pictures(root, tmp_path):
 
 
 def test_all_problems_come_at_once(root, tmp_path):
-    file = write(tmp_path / "c.json", {"gone.jpg": ["x"], "../b.png": ["x"], "a.gif": ["x"], "a.jpg": [1]})
+    file = write(tmp_path / "c.json", {"gone.jpg": ["x"], "../b.png": ["x"], "a.tif": ["x"], "a.jpg": [1]})
     with pytest.raises(InputError) as error:
         read_index(root, file)
     assert len(str(error.value).split("\n")) == 4

@@ -70,7 +70,8 @@ def test_what_is_not_a_number_is_the_least():
 
 
 def test_a_run_whose_start_cannot_be_measured_keeps_that_as_the_worst(start, tmp_path, monkeypatch):
-    monkeypatch.setattr("gmp.session.held_out_loss", lambda *_: {"loss": float("nan"), "contrastive": float("nan")})
+    unknown = {"loss": float("nan"), "contrastive": float("nan")}
+    monkeypatch.setattr("gmp.session.held_out_loss", lambda *_, **__: unknown)
     events = list(start(CONFIG, tmp_path / "run"))
     assert events[-1]["type"] == "done"
     best = result(tmp_path / "run")["best"]

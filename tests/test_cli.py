@@ -36,6 +36,10 @@ COMMANDS = (
     "scan",
     "blend",
     "report",
+    "presets",
+    "captions",
+    "pictures",
+    "dataset",
     "runs",
     "world",
     "demo",
@@ -332,7 +336,7 @@ def test_bad_input_is_met_with_one_sentence(world, tmp_path):
     assert "7 of the pictures" in missing and "4.png" in missing and "5.png" not in missing
     assert "fewer than one step of 256" in complaint("repair", *TOWERS, *pictures, *run, "--held-out", 0.5)
     both = complaint("repair", *TOWERS, *pictures, *run, "--epochs", 0, "--smoothing", 3)
-    assert "epochs is 0" in both and "smoothing is 3.0" in both
+    assert "epochs is 0" in both and "smoothing is 3" in both
     assert "not of the form" in complaint("repair", *TOWERS, *pictures, *run, "--anchor", "penultimate")
     assert "contradict" in complaint("repair", *TOWERS, *pictures, *run, "--anchor", "pooled=1", "--no-anchor")
     assert "there is cpu" in complaint("repair", *TOWERS, *pictures, *run, "--device", "nonsense")
@@ -398,8 +402,8 @@ def test_a_diagnosis_ends_with_its_repair_as_a_command(tmp_path):
     words = shlex.split(line.partition(": ")[2])
     assert words[:3] == ["python", "-m", "gmp"]
     options = _parser().parse_args(words[3:])
-    assert (options.text, options.vision, options.epochs) == (broken, ASSETS / ORIGINAL, 5)
-    assert options.anchor == ["original:penultimate=0.3", "broken:penultimate=0.3"]
+    assert (options.text, options.vision, options.preset) == (broken, ASSETS / ORIGINAL, "sdxl-repair")
+    assert options.anchor is None
     same = gmp("diagnose", ASSETS / ORIGINAL, "--original", ASSETS / ORIGINAL).stdout
     assert "the suggested repair" not in same
 

@@ -14,10 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gmp import READ_POINTS
 from gmp.cli import main
 from gmp.commands.diagnose import TARGETS as OFFERED
-from gmp.config import Anchor, RepairConfig
 from gmp.data.captions import dataset_key, read_index
 from gmp.diagnose import Pictures, diagnose
 from gmp.diagnosis import Diagnosis, as_document, lines
@@ -28,8 +26,9 @@ from gmp.features import index_keys
 from gmp.layouts import TowerFile, read_text, read_vision
 from gmp.plots.diagnosis import plot_diagnosis
 from gmp.plots.figure import pixels
+from gmp.presets import preset
 from gmp.trained import is_rounding, what_was_trained
-from gmp.verdict import FAR, LEAST_PAIRS, ORDER_LOST, PRESETS, TARGETS, align
+from gmp.verdict import FAR, LEAST_PAIRS, ORDER_LOST, TARGETS, align
 from gmp.world.models import ASSETS, ORIGINAL, RUINED
 from gmp.world.write import write_world
 
@@ -310,8 +309,8 @@ def test_sdxl_sees_nothing_of_a_trained_last_block_and_flux_does():
     assert sdxl.verdict.finding == "unread" and "SDXL sees nothing" in sdxl.verdict.text
     assert sdxl.verdict.preset is None and "as it was" in sdxl.verdict.advice
     assert sdxl.readings["penultimate"].state == "untouched"
-    assert flux.verdict.finding == "rearranged" and flux.verdict.preset is PRESETS["flux-repair"]
-    assert flux.verdict.preset.target == "Flux (pooled)"
+    assert flux.verdict.finding == "rearranged" and flux.verdict.preset == preset("flux-repair")
+    assert {anchor.read_point for anchor in flux.verdict.preset.config.anchors} == {"pooled"}
 
 
 def test_barely_broken_encoders_get_the_gentle_preset():
@@ -319,7 +318,7 @@ def test_barely_broken_encoders_get_the_gentle_preset():
     assert one.verdict.finding in ("loosened", "misaligned")
     assert one.verdict.preset.name == "gentle" and "gentle" in one.verdict.advice
     sd1 = found(changed(noise(0.35, matrix)), target="sd1")
-    assert sd1.verdict.preset.target == "SD1 (last)"
+    assert {anchor.read_point for anchor in sd1.verdict.preset.config.anchors} == {"last"}
 
 
 def test_clip_g_is_read_behind_its_projection_too():
@@ -328,16 +327,6 @@ def test_clip_g_is_read_behind_its_projection_too():
     one = found(encoder)
     assert one.verdict.finding == "far" and one.verdict.preset.name == "clip-g"
     assert "unchanged at penultimate" in one.verdict.text and "at projected" in one.verdict.text
-
-
-def test_presets_are_settings_that_a_repair_takes():
-    for preset in PRESETS.values():
-        point = preset.target.rpartition("(")[2].rstrip(")")
-        assert point in READ_POINTS
-        weights = {"original": preset.anchor_weight, "broken": preset.broken_weight}
-        anchors = tuple(Anchor(teacher, point, weight) for teacher, weight in weights.items() if weight)
-        RepairConfig(epochs=preset.epochs, anchors=anchors)
-        assert all(str(number) in str(preset) for number in (preset.epochs, f"{preset.anchor_weight:g}"))
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------

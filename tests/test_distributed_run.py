@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from gmp import checkpoint, telemetry
-from gmp.config import RepairConfig
+from gmp.config import Geometric, Neuron, RepairConfig, Unfreeze
 from gmp.data.tars import find_tars
 from gmp.files import read_header
 from gmp.run import BEST, RESULT, Status, repair, status
@@ -29,7 +29,13 @@ CPU = torch.device("cpu")
 TEXT = RepairConfig(epochs=2, batch=8, lr=1e-3, held_out=0.08, save_every=2)
 BOTH = dataclasses.replace(TEXT, batch=4, accumulate=2, train="both")
 ALL = dataclasses.replace(TEXT, negatives="all", optimizer_state="bf16")
-CONFIGS = {"text": TEXT, "both": BOTH, "all": ALL}
+UNFROZEN = dataclasses.replace(
+    BOTH,
+    unfreeze=Unfreeze(1, 0.5),
+    geometric=(Geometric(("mlp", "qkv", "out", "projection"), sphere=True),),
+    neurons=(Neuron("text", 1, 3, 5.0), Neuron("vision", 0, 2, -3.0)),
+)
+CONFIGS = {"text": TEXT, "both": BOTH, "all": ALL, "unfrozen": UNFROZEN}
 CLOCK = ("t", "pairs_per_second", "tokens_per_second", "memory")
 
 
@@ -101,7 +107,7 @@ def assert_same(folder: Path, whole: Path) -> None:
 # --- the result of one process
 
 
-@pytest.mark.parametrize(("mode", "size"), [("text", 4), ("both", 2), ("all", 2)])
+@pytest.mark.parametrize(("mode", "size"), [("text", 4), ("both", 2), ("all", 2), ("unfrozen", 3)])
 def test_several_processes_have_the_result_of_one(order, alone, tmp_path, mode, size):
     folder, heard = go(order(tmp_path, CONFIGS[mode]), size)
     assert_near(folder, alone[mode])

@@ -15,11 +15,23 @@ from PIL import Image
 
 from gmp import features
 from gmp.clip import VisionTower, precision
+from gmp.config import Pictures
+from gmp.data.augment import seed_of
 from gmp.data.captions import read_index
-from gmp.data.images import load_picture, normalize, preprocess
+from gmp.data.images import load_picture, load_pixels, normalize, preprocess
 from gmp.errors import InputError
 from gmp.events import finish
-from gmp.features import Features, content_keys, embed_files, embed_index, embed_pixels, mapped
+from gmp.features import (
+    Features,
+    content_keys,
+    embed_files,
+    embed_index,
+    embed_now,
+    embed_pixels,
+    mapped,
+    remember_keys,
+    salient_boxes,
+)
 from gmp.files import read_header, write_safetensors
 from tests.small import PICTURES, small_clip
 
@@ -40,13 +52,13 @@ def copy_of(pictures, folder):
     return folder, names_of(folder)
 
 
-def embed(pictures, cache, tower, names=None, **options):
+def embed(root, cache, tower, names=None, **options):
     """Features and reasons by name: content_keys and embed_files to their end."""
-    names = names or names_of(pictures)
+    names = names or names_of(root)
 
     def both():
-        keys = yield from content_keys(pictures, names, cache)
-        return (yield from embed_files(tower, pictures, names, keys, cache, **options))
+        keys = yield from content_keys(root, names, cache)
+        return (yield from embed_files(tower, root, names, keys, cache, **options))
 
     found, broken = finish(both())
     return dict(zip((name for name in names if name not in broken), found[:], strict=True)), broken
@@ -349,3 +361,110 @@ def test_pictures_beyond_the_range_of_fp16_are_embedded_in_fp32():
     expected, _ = embed_pixels(tower, pixels, "fp32", 2)
     found, size = embed_pixels(tower, pixels, "fp16", 2)
     assert torch.equal(found, expected) and expected.isfinite().all() and size == 2
+
+
+# --- other crops, and views
+
+
+def wide_pictures(folder, count=5):
+    folder.mkdir()
+    for i in range(count):
+        array = np.random.default_rng(i).integers(0, 256, (40, 70 + i, 3), dtype=np.uint8)
+        Image.fromarray(array).save(folder / f"{i}.png")
+    return sorted(path.name for path in folder.iterdir())
+
+
+VARIED = Pictures(scale=0.5, flip=0.5, jitter=(0.2, 0.2, 0.1, 0.0), grey=0.3)
+
+
+@pytest.mark.parametrize("crop", ["centre", "letterbox", "salient"])
+@pytest.mark.parametrize("view", [0, 2])
+def test_features_are_those_of_the_crop_and_view(tmp_path, crop, view):
+    root, tower = tmp_path / "pictures", small_clip().visual
+    names = wide_pictures(root)
+    pictures = dataclasses.replace(VARIED, crop=crop)
+    found, broken = embed(root, tmp_path / "cache", tower, names, pictures=pictures, view=view)
+    keys = finish(content_keys(root, names, tmp_path / "cache"))
+    boxes = finish(salient_boxes(tower, root, names, keys, tmp_path / "cache"))
+    assert not broken
+    for name, key, box in zip(names, keys, boxes, strict=True):
+        seed = seed_of(key, view) if view else None
+        pixels = load_pixels(root / name, 32, None, pictures, box if crop == "salient" else None, seed)
+        with torch.no_grad():
+            expected = tower(normalize(pixels)[None])[0]
+        assert torch.allclose(found[name], expected, rtol=2**-10, atol=1e-5)
+
+
+def test_every_view_and_way_to_vary_has_a_cache_of_its_own(tmp_path, embedded):
+    root, tower, cache = tmp_path / "pictures", small_clip().visual, tmp_path / "cache"
+    names = wide_pictures(root)
+    embed(root, cache, tower, names)
+    looks = [
+        ({"pictures": VARIED}, 0),  # view 0 does not vary
+        ({"pictures": VARIED, "view": 1}, 5),
+        ({"pictures": VARIED, "view": 2}, 5),
+        ({"pictures": dataclasses.replace(VARIED, views=7), "view": 2}, 0),
+        ({"pictures": dataclasses.replace(VARIED, flip=0.4), "view": 1}, 5),
+        ({"pictures": Pictures("letterbox")}, 5),
+        ({"pictures": dataclasses.replace(VARIED, crop="letterbox"), "view": 1}, 5),
+    ]
+    for options, fresh in looks:
+        embedded.clear()
+        embed(root, cache, tower, names, **options)
+        assert sum(embedded) == fresh, options
+        embedded.clear()
+        embed(root, cache, tower, names, **options)
+        assert sum(embedded) == 0
+
+
+def test_views_are_of_content_whatever_its_name(tmp_path, embedded):
+    root, tower = tmp_path / "pictures", small_clip().visual
+    names = wide_pictures(root)
+    first, _ = embed(root, tmp_path / "a", tower, names, pictures=VARIED, view=1)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in names:
+        shutil.copy(root / name, moved / f"x{name}")
+    second, _ = embed(moved, tmp_path / "b", tower, [f"x{name}" for name in names], pictures=VARIED, view=1)
+    assert all(torch.equal(first[name], second[f"x{name}"]) for name in names)
+
+
+@pytest.mark.parametrize("crop", ["centre", "salient"])
+def test_pictures_that_do_not_decode_are_named_in_every_view(tmp_path, crop):
+    root, tower = tmp_path / "pictures", small_clip().visual
+    names = wide_pictures(root)
+    (root / names[1]).write_bytes(b"")
+    pictures = dataclasses.replace(VARIED, crop=crop)
+    for view in (0, 1):
+        found, broken = embed(root, tmp_path / "cache", tower, names, pictures=pictures, view=view)
+        assert broken == {names[1]: "the file is empty."} and len(found) == 4
+
+
+def test_a_tower_that_trains_sees_the_same_pictures(tmp_path):
+    root, tower = tmp_path / "pictures", small_clip().visual
+    names = wide_pictures(root)
+    paths, boxes = [root / name for name in names], [(i, 0, i + 40, 40) for i in range(5)]
+    events = []
+    for pictures, squares in ((Pictures(), None), (Pictures("salient"), boxes), (Pictures("letterbox"), None)):
+        found = finish(embed_now(tower, paths, "now", pictures=pictures, boxes=squares), events.append)
+        given = [load_pixels(p, 32, None, pictures, squares and squares[i]) for i, p in enumerate(paths)]
+        with torch.no_grad():
+            expected = tower(normalize(torch.stack(given)))
+        assert torch.allclose(found, expected, atol=1e-5) and found.shape == (5, 16)
+    assert events[0] == {"type": "progress", "stage": "now", "done": 5, "total": 5}
+    assert finish(embed_now(tower, [], "now")).shape == (0, 16)
+    (root / names[2]).write_bytes(b"x")
+    with pytest.raises(InputError, match="2.png"):
+        finish(embed_now(tower, paths, "now"))
+
+
+def test_files_that_were_hashed_elsewhere_are_not_read_again(tmp_path, monkeypatch):
+    root, cache = tmp_path / "pictures", tmp_path / "cache"
+    root.mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        (root / name).write_bytes(name.encode())
+    remember_keys(root, {"a.png": "1" * 64, "b.png": "2" * 64, "gone.png": "3" * 64}, cache)
+    read = []
+    monkeypatch.setattr("gmp.features.content_key", lambda path: read.append(path.name) or "4" * 64)
+    assert finish(content_keys(root, ["a.png", "b.png", "c.png"], cache)) == ["1" * 64, "2" * 64, "4" * 64]
+    assert read == ["c.png"]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from gmp import checkpoint, telemetry
 from gmp.cli import main
-from gmp.config import RepairConfig
+from gmp.config import Geometric, Neuron, RepairConfig, Unfreeze
 from gmp.distributed import Group
 from gmp.errors import InputError
 from gmp.fsdp import Shards, check_shards
@@ -36,7 +36,11 @@ UNEVEN = dataclasses.replace(
     epochs=1,
     rates={"transformer.resblocks.0.ln_*": 0.0},
 )
-CONFIGS = {"text": TEXT, "uneven": UNEVEN}
+EVERYWHERE = dataclasses.replace(
+    TEXT, epochs=1, geometric=(Geometric(("mlp", "qkv", "out", "projection"), sphere=True),)
+)
+LOCKED = dataclasses.replace(EVERYWHERE, text_blocks=1, neurons=(Neuron("text", 1, 3, 5.0),))
+CONFIGS = {"text": TEXT, "uneven": UNEVEN, "everywhere": EVERYWHERE, "locked": LOCKED}
 GEOMETRIC = "transformer.resblocks.1.mlp.c_fc.theta"
 
 
@@ -149,6 +153,19 @@ def test_checkpoints_are_those_of_one_process_and_moments_are_shared(pair, alone
         assert kept == sum(moments.values()) - blocks // 2
 
 
+@pytest.mark.parametrize("mode", ["everywhere", "locked"])
+def test_every_kind_of_layer_may_be_split_and_shared_out(order, alone, tmp_path, mode):
+    """Each process brings the rows of theta that it has back to their sphere; blocks may be locked."""
+    folder, heard = go(order(tmp_path, CONFIGS[mode]), 2)
+    assert_near(folder, alone[mode])
+    assert figures(heard[0]) == figures(heard[1])
+    saved = load_file(checkpoint.list_checkpoints(folder / "checkpoints")[-1].path("model.safetensors"))
+    thetas = {name: tensor for name, tensor in saved.items() if name.endswith(".theta")}
+    assert {name.split(".", 3)[-1] for name in thetas} >= {"attn.in_proj_weight.theta", "mlp.c_fc.theta"}
+    for tensor in thetas.values():
+        torch.testing.assert_close(tensor.norm(dim=1), torch.ones(len(tensor)))
+
+
 # --- asked, stopped, gone on with
 
 
@@ -186,6 +203,7 @@ def test_a_run_of_one_process_goes_on_with_weights_that_three_share_unevenly(ord
         ({}, 1, "one process.*torchrun.*leave out --shard"),
         ({}, 3, "batch × accumulate is 8, which 3 processes cannot share evenly.*multiple of 3"),
         ({"anchor_captions": 7}, 2, "anchor captions is 7, which 2 processes cannot share evenly"),
+        ({"unfreeze": Unfreeze()}, 2, "unfreeze is for whole weights.*leave out unfreeze, or --shard"),
         ({"optimizer_state": "bf16"}, 2, "optimizer state bf16.*fp32"),
         ({"optimizer_state": "8bit"}, 2, "optimizer state 8bit.*fp32"),
     ],

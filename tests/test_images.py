@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
+from gmp.config import Pictures
 from gmp.data import images
-from gmp.data.images import MEAN, STD, load_batches, load_picture, load_pixels, normalize, preprocess, square, to_rgb
+from gmp.data.augment import augment
+from gmp.data.crops import cropped
+from gmp.data.images import (
+    LARGEST,
+    MEAN,
+    STD,
+    PicturesAhead,
+    format_of,
+    load_batches,
+    load_picture,
+    load_pixels,
+    load_whole,
+    normalize,
+    preprocess,
+    square,
+    to_rgb,
+)
 from gmp.errors import InputError
 
 # landscape, portrait, square, smaller than the target, one pixel off, every remainder of the crop's margin
@@ -285,7 +305,7 @@ def test_batches_come_in_order(files, batch, threads):
 def test_decoding_ahead_is_bounded_and_stops_with_the_consumer(files, monkeypatch):
     decoded = []
     load = images.load_pixels
-    monkeypatch.setattr(images, "load_pixels", lambda path, size: decoded.append(path) or load(path, size))
+    monkeypatch.setattr(images, "load_pixels", lambda path, *rest: decoded.append(path) or load(path, *rest))
     before = threading.active_count()
     batches = load_batches(files * 30, 16, 2, 2)
     next(batches)
@@ -330,19 +350,42 @@ def test_an_open_picture_is_named_as_its_owner_says(tmp_path):
     whole = content.getvalue()
     (tmp_path / "a.jpg").write_bytes(whole)
     assert torch.equal(load_pixels(io.BytesIO(whole), 8, "0001.jpg"), load_pixels(tmp_path / "a.jpg", 8))
-    for bad, reason in ((b"", "empty"), (b"no picture", "known format"), (whole[:300], "can't be decoded")):
+    for bad, reason in ((b"", "empty"), (b"no picture", "known format"), (whole[:300], "cut short|can't be decoded")):
         with pytest.raises(InputError, match=f"^0001.jpg: .*{reason}"):
             load_pixels(io.BytesIO(bad), 8, "0001.jpg")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif"])
+@pytest.mark.parametrize("lenient", [False, True], ids=["strict", "lenient"])
+def test_a_file_that_is_cut_short_is_never_grey_whatever_the_process_says_of_such(
+    tmp_path, monkeypatch, suffix, lenient
+):
+    """Extensions of ComfyUI set PIL's LOAD_TRUNCATED_IMAGES for all of the process."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
+    path = tmp_path / f"a.{suffix}"
+    picture(90, 80).save(path)
+    whole = path.read_bytes()
+    square(load_picture(path), 8)  # a whole one is read
+    for share in (0.3, 0.6, 0.95):
+        path.write_bytes(whole[: int(share * len(whole))])
+        for load in (load_picture, lambda path: load_pixels(path, 8), lambda path: load_pixels(path, 64)):
+            with pytest.raises(InputError, match=r"a\.\w+: the file is cut short") as found:
+                load(path)
+        length = int(share * len(whole))
+        told = f"{len(whole) - length:,} of {len(whole):,} bytes are missing"
+        assert (told if suffix in ("webp", "bmp") else f"it ends after {length:,} bytes") in str(found.value)
 
 
 def test_huge_and_narrow_pictures_are_refused(tmp_path, monkeypatch):
     Image.new("RGB", (1000, 4)).save(tmp_path / "strip.png")
     with pytest.raises(InputError, match="strip"):
         load_picture(tmp_path / "strip.png")
-    Image.new("RGB", (100, 100)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(InputError, match=r"bomb\.png"):
-        load_picture(tmp_path / "bomb.png")
+    Image.new("RGB", (100, 100)).save(tmp_path / "large.png")
+    monkeypatch.setattr(images, "LARGEST", 10_000)
+    assert load_picture(tmp_path / "large.png").size == (100, 100)
+    monkeypatch.setattr(images, "LARGEST", 9_999)
+    with pytest.raises(InputError, match=r"large\.png: 100 x 100 pixels; more than 9,999"):
+        load_picture(tmp_path / "large.png")
 
 
 def test_other_formats_are_never_opened(tmp_path):
@@ -386,3 +429,301 @@ def test_pictures_ahead_gives_what_was_asked_for_and_ends_its_threads(tmp_path):
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() == before
+
+
+# ---- what stranger files hold ---------------------------------------------------------------------------------------
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width: int, height: int, depth: int, colours: int, rows: bytes, *more: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0)
+    chunks = (chunk(b"IHDR", header), *more, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def bombs() -> dict[str, bytes]:
+    """Files of a few bytes whose headers tell of billions of pixels."""
+    jpg = jpeg(picture(8, 8)).getvalue()
+    frame = jpg.index(b"\xff\xc0") + 5
+    gif, bmp = io.BytesIO(), io.BytesIO()
+    picture(8, 8).convert("P").save(gif, format="GIF")
+    picture(8, 8).save(bmp, format="BMP")
+    gif, bmp = gif.getvalue(), bmp.getvalue()
+    return {
+        "bomb.png": png(60_000, 60_000, 8, 2, b""),
+        "bomb.jpg": jpg[:frame] + struct.pack(">HH", 65_000, 65_000) + jpg[frame + 4 :],
+        "bomb.gif": gif[:6] + struct.pack("<HH", 65_000, 65_000) + gif[10:],
+        "bomb.bmp": bmp[:18] + struct.pack("<ii", 65_000, 65_000) + bmp[26:],
+    }
+
+
+@pytest.mark.parametrize("name", bombs())
+@pytest.mark.parametrize("limit", [None, 1000, 1 << 40], ids=str)
+def test_decompression_bombs_are_refused_by_their_headers_whatever_the_process_allows(
+    tmp_path, monkeypatch, name, limit
+):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)  # nothing is decoded
+    (tmp_path / name).write_bytes(bombs()[name])
+    for load in (load_picture, lambda path: load_pixels(path, 8), lambda path: load_whole(path, 8)):
+        with pytest.raises(InputError, match=rf"{name}: 6\d,?000 x 6\d,?000 pixels; more than {LARGEST:,}"):
+            load(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("error")
+def test_large_pictures_are_read_where_the_process_allows_small_ones_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for suffix in ("png", "jpg", "bmp"):  # PIL looks into WebP and GIF with a limit of its own
+        picture(60, 50).save(tmp_path / f"a.{suffix}")
+        assert load_picture(tmp_path / f"a.{suffix}").size == (60, 50)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_a_bomb_of_text_in_a_png_is_refused(tmp_path):
+    text = b"comment\0\0" + zlib.compress(b"a" * 100_000_000)
+    (tmp_path / "text.png").write_bytes(png(1, 1, 8, 2, b"\0\1\2\3", chunk(b"zTXt", text)))
+    assert (tmp_path / "text.png").stat().st_size < 200_000
+    with pytest.raises(InputError, match=r"text\.png: can't be decoded .*too large"):
+        load_picture(tmp_path / "text.png")
+
+
+def test_a_png_with_a_long_workflow_in_it_is_read(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "x" * 3_000_000)
+    picture(8, 8).save(tmp_path / "a.png", pnginfo=info)
+    assert load_picture(tmp_path / "a.png").tobytes() == picture(8, 8).tobytes()
+
+
+@pytest.mark.parametrize(("real", "suffix"), [("PNG", "jpg"), ("JPEG", "png"), ("WEBP", "bmp"), ("GIF", "png")])
+def test_a_wrong_suffix_does_not_matter(tmp_path, real, suffix):
+    flat = Image.new("RGB", (20, 10), (200, 30, 40))
+    flat.save(tmp_path / f"a.{suffix}", format=real)
+    found = np.asarray(load_picture(tmp_path / f"a.{suffix}")).astype(int)
+    assert found.shape == (10, 20, 3) and np.abs(found - (200, 30, 40)).max() <= 3
+    assert format_of(tmp_path / f"a.{suffix}").upper() == real
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (b"II*\0", "a TIFF"),
+        (b"\0\0\0\x20ftypavif", "an AVIF"),
+        (b"\0\0\0\x18ftypheic", "an HEIC"),
+        (b"\0\0\0\x18ftypisom", "a video"),
+        (b"8BPS\0\1", "a Photoshop file"),
+        (b"<svg xmlns", "HTML, SVG or other text"),
+        (b"\xff\x0a\xfa\x1f", "a JPEG XL"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_things_are_told_by_their_first_bytes(tmp_path, head, kind):
+    (tmp_path / "a.png").write_bytes(head + bytes(40))
+    with pytest.raises(InputError, match=rf"a\.png: this is {kind}, not a picture of a known format \(PNG, JPEG"):
+        load_picture(tmp_path / "a.png")
+    with pytest.raises(InputError, match="this is"):
+        format_of(tmp_path / "a.png")
+
+
+# ---- modes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", UNDONE)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_all_eight_orientations_are_undone(tmp_path, orientation, suffix):
+    upright = smooth(300, 200)
+    stored = upright if orientation == 1 else upright.transpose(UNDONE[orientation])
+    stored.save(tmp_path / f"a.{suffix}", exif=turned(orientation), quality=95)
+    found = load_picture(tmp_path / f"a.{suffix}")
+    assert found.size == upright.size
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(upright)).mean() < 4
+    _, shape = load_whole(tmp_path / f"a.{suffix}", 8)
+    assert shape == (300, 200)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b""], ids=str)
+def test_damaged_exif_costs_the_orientation_only(tmp_path, exif):
+    content = jpeg(smooth(60, 40)).getvalue()
+    marker = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    (tmp_path / "a.jpg").write_bytes(content[:2] + marker + content[2:])
+    (tmp_path / "b.jpg").write_bytes(content)
+    assert load_picture(tmp_path / "a.jpg").tobytes() == load_picture(tmp_path / "b.jpg").tobytes()
+
+
+def test_an_orientation_that_there_is_not_is_upright(tmp_path):
+    smooth(60, 40).save(tmp_path / "a.jpg", exif=turned(9))
+    assert load_picture(tmp_path / "a.jpg").size == (60, 40)
+
+
+def test_cmyk_of_print_shops_has_its_colours(tmp_path):
+    """Adobe's programs store CMYK inverted, and say so; PIL writes it like that too."""
+    image = smooth(60, 40)
+    image.convert("CMYK").save(tmp_path / "a.jpg", quality=100)
+    assert b"Adobe" in (tmp_path / "a.jpg").read_bytes()
+    found = np.asarray(load_picture(tmp_path / "a.jpg")).astype(int)
+    assert np.abs(found - np.asarray(image)).mean() < 3
+
+
+def test_ycck_is_cmyk_whose_ink_is_stored_as_luma_and_chroma(tmp_path):
+    image = smooth(64, 48)
+    luma = ImageOps.invert(image).convert("YCbCr")  # of cyan, magenta and yellow as if they were red, green and blue
+    # PIL inverts what it writes as CMYK; with Adobe's mark for YCCK in place of CMYK, this is luma and chroma
+    inverted = [band.point(lambda value: 255 - value) for band in luma.split()]
+    content = bytearray(jpeg(Image.merge("CMYK", (*inverted, Image.new("L", (64, 48), 0))), quality=100).getvalue())
+    mark = content.index(b"Adobe") + 11
+    assert content[mark] == 0
+    content[mark] = 2
+    (tmp_path / "a.jpg").write_bytes(content)
+    found = np.asarray(load_picture(tmp_path / "a.jpg")).astype(int)
+    assert np.abs(found - np.asarray(image)).mean() < 3
+
+
+def test_sixteen_bit_colours_are_those_of_their_upper_half(tmp_path):
+    levels = np.random.default_rng(0).integers(0, 65536, (6, 5, 3))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    (tmp_path / "a.png").write_bytes(png(5, 6, 16, 2, rows))
+    found = np.asarray(load_picture(tmp_path / "a.png")).astype(int)
+    assert np.abs(found - levels / 257).max() <= 1
+
+
+def test_sixteen_bit_grey_with_a_clear_level_is_white_there(tmp_path):
+    levels = np.array([[0, 257, 128 * 257, 65535, 513]])
+    rows = b"\0" + levels.astype(">u2").tobytes()
+    clear = chunk(b"tRNS", struct.pack(">H", 257))
+    (tmp_path / "a.png").write_bytes(png(5, 1, 16, 0, rows, clear))
+    assert np.asarray(load_picture(tmp_path / "a.png"))[0, :, 1].tolist() == [0, 255, 128, 255, 2]
+
+
+def test_sixteen_bit_grey_with_alpha_lies_on_white(tmp_path):
+    values = np.array([[[0, 65535], [0, 0], [65535, 65535], [0, 32896]]])
+    (tmp_path / "a.png").write_bytes(png(4, 1, 16, 4, b"\0" + values.astype(">u2").tobytes()))
+    found = np.asarray(load_picture(tmp_path / "a.png"))[0, :, 0].astype(int)
+    assert found[:3].tolist() == [0, 255, 255] and abs(found[3] - 127) <= 1
+
+
+def test_a_palette_whose_colours_are_partly_clear_lies_on_white(tmp_path):
+    palette = Image.new("P", (4, 1))
+    palette.putpalette([10, 20, 30, 200, 100, 50, 0, 0, 0])
+    palette.putdata([0, 1, 2, 0])
+    palette.save(tmp_path / "a.png", transparency=bytes([255, 0, 51]))
+    found = np.asarray(load_picture(tmp_path / "a.png"))[0]
+    assert found.tolist() == [[10, 20, 30], [255, 255, 255], [204, 204, 204], [10, 20, 30]]
+
+
+def test_of_animations_the_first_frame_is_taken(tmp_path):
+    frames = [Image.new("RGB", (24, 16), colour) for colour in ("red", "lime", "blue")]
+    for suffix, options in (("gif", {}), ("webp", {"lossless": True}), ("png", {})):
+        path = tmp_path / f"a.{suffix}"
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, **options)
+        with Image.open(path) as image:
+            assert image.n_frames == 3
+        assert load_picture(path).getcolors() == [(24 * 16, (255, 0, 0))]
+        assert torch.equal(load_pixels(path, 8), square(frames[0], 8))
+
+
+def test_a_first_frame_that_fills_a_part_lies_on_white(tmp_path):
+    first = Image.new("P", (4, 4), 1)
+    first.putpalette([0, 0, 0, 255, 0, 0])
+    first.paste(0, (0, 0, 2, 4))
+    first.save(tmp_path / "a.gif", transparency=0)
+    found = np.asarray(load_picture(tmp_path / "a.gif"))
+    assert (found[:, :2] == 255).all() and (found[:, 2:] == (255, 0, 0)).all()
+
+
+# ---- other crops, and views -----------------------------------------------------------------------------------------
+
+VARIED = Pictures(scale=0.5, flip=0.5, jitter=(0.2, 0.2, 0.1, 0.0), jitter_chance=0.7, grey=0.2)
+
+
+@pytest.mark.parametrize("crop", ["centre", "letterbox", "salient"])
+def test_pixels_of_a_file_are_those_of_its_picture(tmp_path, crop):
+    image = picture(90, 40)
+    image.save(tmp_path / "a.png")
+    pictures, box = Pictures(crop), (10, 0, 50, 40) if crop == "salient" else None
+    at = 0.2 if crop == "salient" else 0.5
+    expected = cropped(image, 16, crop, at)
+    found = load_pixels(tmp_path / "a.png", 16, None, pictures, box)
+    assert np.array_equal(found.numpy(), np.asarray(expected).transpose(2, 0, 1))
+    for seed in range(4):
+        view = load_pixels(tmp_path / "a.png", 16, None, dataclasses.replace(VARIED, crop=crop), box, seed)
+        assert torch.equal(view, augment(image, 16, dataclasses.replace(VARIED, crop=crop), seed, at))
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 7])
+@pytest.mark.parametrize("crop", ["letterbox", "salient"])
+def test_large_jpegs_differ_little_in_other_crops_too(orientation, crop):
+    upright = smooth(640, 400)
+    stored = upright if orientation == 1 else upright.transpose(UNDONE[orientation])
+    content = jpeg(stored, quality=95, exif=turned(orientation))
+    box = (60, 0, 460, 400) if crop == "salient" else None
+    found = load_pixels(content, 32, "a.jpg", Pictures(crop), box)
+    expected = np.asarray(cropped(upright, 32, crop, 0.25)).transpose(2, 0, 1).astype(int)
+    difference = np.abs(found.numpy() - expected)
+    assert 0 < difference.mean() < 2 and difference.max() < 40
+
+
+def test_parts_of_large_jpegs_are_decoded_as_large_as_they_need(monkeypatch):
+    content = jpeg(smooth(1024, 1024), quality=95)
+    decoded, crop = [], Image.Image.crop
+    monkeypatch.setattr(Image.Image, "crop", lambda im, box: decoded.append((im.width, box)) or crop(im, box))
+    sides = []
+    for seed in range(30):
+        decoded.clear()
+        load_pixels(content, 32, "a.jpg", Pictures(scale=0.1), None, seed)
+        width, box = decoded[0]
+        assert width < 1024
+        sides.append(min(box[2] - box[0], box[3] - box[1]))
+    assert min(sides) >= 64  # twice the size
+
+
+def test_batches_have_each_its_box_and_seed(tmp_path):
+    paths = []
+    for i in range(5):
+        paths.append(tmp_path / f"{i}.png")
+        picture(40 + i, 20, seed=i).save(paths[-1])
+    boxes, seeds = [(i, 0, i + 20, 20) for i in range(5)], [7, 8, 9, 7, 11]
+    pictures = Pictures("salient", scale=0.6, flip=0.5)
+    expected = [load_pixels(p, 8, None, pictures, b, s) for p, b, s in zip(paths, boxes, seeds, strict=True)]
+    found = load_batches(paths, 8, 2, 2, None, pictures, boxes, seeds)
+    assert torch.equal(torch.cat(list(found)), torch.stack(expected))
+    plain = torch.cat(list(load_batches(paths, 8, 2, 2, pictures=pictures, boxes=boxes)))
+    assert torch.equal(
+        plain, torch.stack([load_pixels(p, 8, None, pictures, b) for p, b in zip(paths, boxes, strict=True)])
+    )
+
+
+def test_pictures_ahead_vary_by_their_seeds(tmp_path):
+    paths = []
+    for i in range(4):
+        paths.append(tmp_path / f"{i}.png")
+        picture(40, 20, seed=i).save(paths[-1])
+    boxes = [(i, 0, i + 20, 20) for i in range(4)]
+    pictures = PicturesAhead(paths, 8, Pictures("salient", flip=0.5, grey=0.5), boxes, threads=2)
+    expected = {
+        (i, seed): load_pixels(paths[i], 8, None, Pictures("salient", flip=0.5, grey=0.5), boxes[i], seed)
+        for i in range(4)
+        for seed in (None, 1, 2, 3)
+    }
+    pictures.ahead([3, 1], [1, None])
+    asked = [([1, 3, 3], [2, 1, 3]), ([0, 1], None), ([2, 2], [None, 2])]
+    for positions, seeds in asked:
+        found = pictures(positions, seeds)
+        keys = zip(positions, seeds or [None] * len(positions), strict=True)
+        assert torch.equal(found, torch.stack([expected[key] for key in keys]))
+    pictures.close()
+
+
+def test_pictures_that_were_decoded_ahead_are_those_that_are_given(tmp_path, monkeypatch):
+    picture(40, 20).save(tmp_path / "a.png")
+    loaded = []
+    load = images.load_pixels
+    monkeypatch.setattr(images, "load_pixels", lambda *given: loaded.append(given[-1]) or load(*given))
+    pictures = PicturesAhead([tmp_path / "a.png"], 8, VARIED, threads=1)
+    pictures.ahead([0, 0], [5, 6])
+    pictures([0, 0], [6, 5])
+    assert sorted(loaded) == [5, 6]
+    pictures([0], [5])
+    assert sorted(loaded) == [5, 5, 6]
+    pictures.close()

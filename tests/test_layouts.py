@@ -172,7 +172,7 @@ def test_clip_model(tmp_path, model, canonical):
     }  # fmt: skip
     assert dataclasses.asdict(vision.config) == {
         "width": SEEN, "layers": SEEN_LAYERS, "heads": SEEN_HEADS, "mlp_width": 100, "patch_size": PATCH,
-        "image_size": IMAGE, "embed_dim": EMBED, "activation": "quick_gelu", "assumed": (),
+        "image_size": IMAGE, "embed_dim": EMBED, "activation": "quick_gelu", "registers": 0, "gates": 0, "assumed": (),
     }  # fmt: skip
 
 

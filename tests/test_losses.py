@@ -14,7 +14,8 @@ from gmp import duplicates
 from gmp.contrastive import Gallery, contrastive
 from gmp.duplicates import alike, alike_keys, masked_pairs
 from gmp.errors import InputError
-from gmp.losses import anchor, info_nce
+from gmp.losses import anchor, info_nce, seed_loss, siglip
+from tests.open_clip_peer import open_clip
 
 
 def features(rows=7, width=12, seed=0):
@@ -497,6 +498,228 @@ def test_masked_pairs(groups):
     expected = sum(23 - len(candidates(i, given, 23)) for i in range(23)) / 2
     assert masked_pairs(*groups) == expected
     assert (expected > 0) == bool(given)
+
+
+# The entropy of the softmaxes
+
+
+def entropy_by_loops(logits, groups):
+    """The mean over rows and columns of -Σ p log p, each softmax over its list of candidates."""
+    total = 0.0
+    for i in range(len(logits)):
+        those = candidates(i, groups, len(logits))
+        for row in (logits[i], logits[:, i]):
+            p = row[those].softmax(0)
+            total = total - (p * p.log()).sum()
+    return total / (2 * len(logits))
+
+
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+def test_entropy_is_rewarded(groups):
+    inputs = numbers(23, 6), numbers(23, 6, seed=1), torch.tensor(1.5, dtype=torch.float64)
+    given = [group.tolist() for group in groups if group is not None]
+    groups = dict(zip(("same_picture", "same_caption"), groups, strict=True))
+
+    def expected(images, texts, scale):
+        logits = scale.exp() * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+        return by_loops(images, texts, scale, 0.1, **groups) - 0.3 * entropy_by_loops(logits, given)
+
+    found = value_and_gradients(lambda *x: info_nce(*x, 0.1, entropy=0.3, **groups), *inputs)
+    assert_close(found, value_and_gradients(expected, *inputs), 1e-12)
+
+
+def test_entropy_of_certain_pairs_is_none():
+    """p log p is 0 where p is 0, though its logarithm is not finite."""
+    found = value_and_gradients(
+        lambda *x: info_nce(*x, entropy=1.0), torch.eye(6), torch.eye(6), torch.tensor(math.log(1000))
+    )
+    assert found[0] == 0 and all(each.isfinite().all() for each in found)
+
+
+# SigLIP
+
+
+def siglip_by_loops(images, texts, scale, bias, groups=()):
+    logits = scale.exp() * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T + bias
+    total = 0.0
+    for i in range(len(logits)):
+        for j in candidates(i, groups, len(logits)):
+            total = total - F.logsigmoid(logits[i, j] if i == j else -logits[i, j])
+    return total / len(logits)
+
+
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize(("scale", "bias"), [(0.0, 0.5), (math.log(10), -10.0), (math.log(100), -30.0)])
+def test_siglip(scale, bias, groups):
+    inputs = numbers(23, 6), numbers(23, 6, seed=1), *torch.tensor([scale, bias], dtype=torch.float64)
+    found = value_and_gradients(lambda *x: siglip(*x, *groups), *inputs)
+    given = [group.tolist() for group in groups if group is not None]
+    assert_close(found, value_and_gradients(lambda *x: siglip_by_loops(*x, given), *inputs), 1e-12)
+
+
+def test_siglip_is_that_of_open_clip():
+    peer = open_clip().loss.SigLipLoss()
+    inputs = numbers(23, 6), numbers(23, 6, seed=1), *torch.tensor([math.log(10), -10.0], dtype=torch.float64)
+
+    def theirs(images, texts, scale, bias):
+        return peer(F.normalize(images, dim=-1), F.normalize(texts, dim=-1), scale.exp(), bias)
+
+    assert_close(value_and_gradients(siglip, *inputs), value_and_gradients(theirs, *inputs), 1e-12)
+
+
+def pairs_like(kind):
+    """Features whose own pairs are what `kind` says, (40, 64) twice."""
+    texts = numbers(40, 64, seed=1)
+    return {
+        "strangers": (numbers(40, 64), texts),
+        "like": (texts + 2 * numbers(40, 64), texts),
+        "learnt": (texts + 0.01 * numbers(40, 64), texts),
+        "opposite": (-texts, texts),
+        "collapsed": (torch.ones_like(texts), torch.ones_like(texts)),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["strangers", "like", "learnt", "opposite", "collapsed"])
+@pytest.mark.parametrize("scale", [0.0, math.log(10), math.log(100)])
+@pytest.mark.parametrize("groups", [GROUPS["none"], (some_groups(40, 30), None)], ids=["all", "duplicates"])
+def test_the_bias_of_siglip_is_the_best_one(kind, scale, groups):
+    images, texts = pairs_like(kind)
+    scale = torch.tensor(scale, dtype=torch.float64)
+
+    def loss(bias):
+        return siglip(images, texts, scale, bias, *groups).item()
+
+    least, most = -300.0, 300.0
+    for _ in range(200):  # the loss is convex in the bias: its minimum is between two thirds
+        one, other = least + (most - least) / 3, most - (most - least) / 3
+        least, most = (one, most) if loss(one) > loss(other) else (least, other)
+    found = siglip(images, texts, scale, None, *groups).item()
+    assert found == pytest.approx(loss(least), rel=1e-9, abs=1e-30)
+    single = siglip(images.float(), texts.float(), scale.float(), None, *groups).item()
+    assert single == pytest.approx(found, rel=1e-4, abs=1e-7)
+
+
+def test_gradients_of_siglip_are_those_of_its_minimum_over_the_bias():
+    inputs = *pairs_like("like"), torch.tensor(math.log(10), dtype=torch.float64)
+    _, to_images, to_texts, to_scale = value_and_gradients(siglip, *inputs)
+
+    def slope(moved, direction):
+        ahead, behind = ([x + s * 1e-5 * direction if i == moved else x for i, x in enumerate(inputs)] for s in (1, -1))
+        return (siglip(*ahead) - siglip(*behind)).item() / 2e-5
+
+    for moved, gradient in enumerate((to_images, to_texts, to_scale)):
+        direction = numbers(gradient.numel(), seed=7).view_as(gradient)
+        assert (gradient * direction).sum().item() == pytest.approx(slope(moved, direction), rel=1e-5)
+        assert gradient.norm() > 1e-3
+
+
+def test_the_bias_of_siglip_takes_up_what_all_cosines_share():
+    """One more common direction moves every logit alike; the lengths are kept by one of each side's own."""
+    images, texts = (F.normalize(each, dim=-1) for each in pairs_like("like"))
+    zeros, ones = torch.zeros(40, 1).double(), torch.ones(40, 1).double()
+    scale = torch.tensor(math.log(10), dtype=torch.float64)
+    plain = siglip(torch.cat([images, zeros, ones, zeros], 1), torch.cat([texts, zeros, zeros, ones], 1), scale)
+    shared = siglip(torch.cat([images, ones, zeros], 1), torch.cat([texts, ones, zeros], 1), scale)
+    assert shared.item() == pytest.approx(plain.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_siglip_without_negatives_teaches_nothing(count):
+    inputs = numbers(count, 6), numbers(count, 6, seed=1), torch.tensor(3.0, dtype=torch.float64)
+    found = value_and_gradients(lambda *x: siglip(*x, same_picture=torch.zeros(count)), *inputs)
+    assert all((each.abs() < 1e-7).all() for each in found)
+
+
+# The loss of the original scripts
+
+
+def by_the_script(logits, temperature, smoothing, weight=0.0):
+    """ContrastiveLoss of a-loss-to-penalize-overfit-via-entropy.py, from the model's logits; in loops over rows."""
+    rows = [row / row.norm() for row in logits]
+    columns = [column / column.norm() for column in logits.T]
+    count = len(logits)
+    z = torch.stack([torch.stack([row @ column for column in columns]) for row in rows]) / temperature
+    loss = entropy = 0.0
+    for matrix in (z, z.T):
+        for i, row in enumerate(matrix):
+            target = [1 - smoothing if i == j else smoothing / (count - 1) for j in range(count)]
+            loss = loss - sum(t * p for t, p in zip(target, row.log_softmax(0), strict=True)) / count
+            p = row.softmax(0)
+            entropy = entropy - (p * (p + 1e-8).log()).sum() / count
+    return loss / 2 - weight * entropy / 2
+
+
+@pytest.mark.parametrize(("smoothing", "weight"), [(0.0, 0.0), (0.1, 0.0), (0.1, 0.02)])
+@pytest.mark.parametrize("scale", [0.0, math.log(100)])
+def test_the_seeds_loss_is_that_of_its_script(scale, smoothing, weight):
+    """Whatever scale the model's logits have."""
+    images, texts = numbers(9, 6), numbers(9, 6, seed=1)
+
+    def expected(images, texts):
+        logits = math.exp(scale) * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+        return by_the_script(logits, 0.07, smoothing, weight)
+
+    inverse = torch.tensor(-math.log(0.07), dtype=torch.float64)
+    found = value_and_gradients(lambda *x: seed_loss(*x, inverse, smoothing, entropy=weight), images, texts)
+    assert_close(found, value_and_gradients(expected, images, texts), 1e-7)  # the script adds 1e-8 to probabilities
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_seeds_loss_leaves_duplicates_out_too(smoothing):
+    images, texts = numbers(23, 6), numbers(23, 6, seed=1)
+    groups = [group.tolist() for group in GROUPS["both"]]
+    cosines = F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+    z = F.normalize(cosines, dim=1) @ F.normalize(cosines.T, dim=1).T / 0.07
+    total = 0.0
+    for i in range(23):
+        those = candidates(i, groups, 23)
+        others = [those.index(j) for j in those if j != i]
+        for row in (z[i], z[:, i]):
+            likelihood = row[those].log_softmax(0)
+            total -= (1 - smoothing) * likelihood[those.index(i)].item()
+            total -= smoothing * likelihood[others].mean().item()
+    inverse = torch.tensor(-math.log(0.07), dtype=torch.float64)
+    assert seed_loss(images, texts, inverse, smoothing, *GROUPS["both"]).item() == pytest.approx(total / 46, rel=1e-12)
+
+
+@pytest.mark.parametrize("entropy", [0.0, 0.02])
+def test_the_seeds_loss_of_one_pair_is_zero(entropy):
+    """The script divides by the number of other pairs there."""
+    images, texts = numbers(1, 6), numbers(1, 6, seed=1)
+    found = value_and_gradients(lambda *x: seed_loss(*x, torch.tensor(2.7), 0.1, entropy=entropy), images, texts)
+    assert all((each == 0).all() for each in found)
+
+
+def like_clips(count):
+    """Pictures and captions with cosines as CLIP has them: own pairs 0.27, others 0.15 ± 0.035."""
+    common, own, rest = 0.15**0.5, 0.12**0.5, 0.73**0.5
+    noise = (F.normalize(numbers(count, 435, seed=seed), dim=-1) for seed in (0, 1))
+    return (
+        torch.cat([torch.full((count, 1), common), own * torch.eye(count), rest * each], dim=1).double()
+        for each in noise
+    )
+
+
+def test_the_seeds_loss_is_nearly_blind_to_two_swapped_captions():
+    images, texts = like_clips(40)
+    swapped = texts[[1, 0, *range(2, 40)]]
+    temperature = torch.tensor(math.log(100), dtype=torch.float64)
+    inverse = torch.tensor(-math.log(0.07), dtype=torch.float64)
+    right, wrong = (seed_loss(images, each, inverse).item() for each in (texts, swapped))
+    known, missed = (info_nce(images, each, temperature).item() for each in (texts, swapped))
+    assert right > 0.9 * math.log(40) and known < 0.2 * math.log(40)  # what it says of pairs that belong together
+    assert missed - known > 0.2
+    assert 0 < wrong - right < 0.05 * (missed - known)
+
+
+def test_every_loss_is_computed_in_fp32_under_autocast():
+    images, texts = features(32, 64)
+    scale = torch.tensor(math.log(100))
+    for loss in (siglip, seed_loss, lambda *x: info_nce(*x, entropy=0.1)):
+        expected = loss(images, texts, scale)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = loss(images, texts, scale)
+        assert found.dtype == torch.float32 and found.equal(expected)
 
 
 # Anchors

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 from gmp import clip as towers
 from gmp import memory, optim, trainer
 from gmp.clip import CLIP, CLIPConfig, Packed, TextConfig, TextTower, VisionConfig, initialize, set_checkpointing
-from gmp.config import Anchor, RepairConfig
+from gmp.config import Anchor, Geometric, Neuron, RepairConfig
 from gmp.errors import InputError
-from gmp.geometric import is_mlp, to_geometric
+from gmp.geometric import LEAVES, is_mlp, to_geometric
 from gmp.measure import drift, text_features
 from gmp.memory import GB, Need, Pass, check, embedding_batch, estimate, free, is_out_of_memory, move, release, used
 from gmp.optim import LIBRARIES
@@ -38,6 +38,7 @@ CLIP_G = CLIPConfig(
 SMALL = CLIPConfig(
     TextConfig(128, 4, 2, 512, 40, 50, 64, "quick_gelu"), VisionConfig(96, 3, 3, 200, 8, 48, 64, "quick_gelu")
 )
+EVERYWHERE = Geometric(("mlp", "qkv", "out", "projection"))
 ANCHORS = (Anchor("original", "penultimate", 0.3), Anchor("broken", "last", 0.3), Anchor("broken", "pooled", 0.1))
 
 
@@ -105,7 +106,7 @@ def close(estimated, measured):
 
 
 SHAPES = ((32, 12), (64, 14), (32, 20))  # captions × tokens of the stretches of a stream
-COMMON = {"precision": "fp32", "geometric": False, "checkpointing": False, "fused": True, "on_cpu": True}
+COMMON = {"precision": "fp32", "geometric": (), "checkpointing": False, "fused": True, "on_cpu": True}
 
 
 def stream(tower, shapes=SHAPES, **changes):
@@ -122,8 +123,7 @@ def rows_of(tower, rows, length=77, **changes):
 
 
 def pictures(tower, rows, **changes):
-    length = 1 + (tower.image_size // tower.patch_size) ** 2
-    return rows_of(tower, rows, length, **{"ends": True} | changes)
+    return rows_of(tower, rows, tower.tokens, **{"ends": True} | changes)
 
 
 def build(one):
@@ -132,8 +132,7 @@ def build(one):
         tower = TextTower(one.tower)
     else:
         tower = CLIP(CLIPConfig(replace(SMALL.text, embed_dim=one.tower.embed_dim), one.tower)).visual
-    if one.geometric:
-        to_geometric(tower)
+    to_geometric(tower, lambda name: name.endswith(tuple(leaf for kind in one.geometric for leaf in LEAVES[kind])))
     set_checkpointing(tower, one.checkpointing)
     return tower
 
@@ -178,11 +177,13 @@ PASSES = {
     "full length": rows_of(TEXT, 48),
     "vision": pictures(VISION, 24),
     "large pictures": pictures(replace(VISION, image_size=160), 5),
+    "registers": pictures(replace(VISION, registers=4), 24),
+    "gates": pictures(replace(VISION, registers=4, gates=4), 24),
 }
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("geometric", [False, True])
+@pytest.mark.parametrize("geometric", [(), ("mlp",), ("mlp", "qkv", "out")], ids=len)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", PASSES)
 def test_what_a_pass_keeps_for_its_backward_pass(name, precision, geometric, checkpointing):
@@ -200,7 +201,7 @@ def test_attention_that_is_not_fused_keeps_its_matrix(precision):
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("geometric", [False, True])
+@pytest.mark.parametrize("geometric", [(), ("mlp",), ("mlp", "qkv", "out")], ids=len)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", PASSES)
 def test_a_pass_and_the_way_back(name, precision, geometric, checkpointing, fused):
@@ -214,7 +215,7 @@ def test_a_pass_and_the_way_back(name, precision, geometric, checkpointing, fuse
         with allocated, computed_in(precision, model), attention(fused):
             run(model, one, shapes).sum().backward()
     estimated = one.saved() + one.again() + one.backward()
-    assert 0.97 * allocated.peak <= estimated <= 1.1 * allocated.peak, estimated / allocated.peak
+    assert 0.96 * allocated.peak <= estimated <= 1.1 * allocated.peak, estimated / allocated.peak
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -235,7 +236,7 @@ def test_a_pass_without_gradients(name, precision, fused):
 def test_full_size_text_towers():
     one = rows_of(CLIP_L.text, 16)
     close(one.saved() + one.again(), saved(one))
-    large = rows_of(CLIP_G.text, 32, precision="bf16", geometric=True)
+    large = rows_of(CLIP_G.text, 32, precision="bf16", geometric=("mlp",))
     close(large.saved(), saved(large))
     again = replace(large, checkpointing=True)
     close(again.saved() + again.again(), saved(again))
@@ -267,7 +268,7 @@ def parameters_of(config, settings):
     "settings",
     [
         RepairConfig(),
-        RepairConfig(geometric=False),
+        RepairConfig(geometric=()),
         RepairConfig(train="both"),
         RepairConfig(rates={"token_embedding*": 0.0, "transformer.resblocks.1*": 0.0}),
     ],
@@ -286,6 +287,45 @@ def test_weights_gradients_and_moments_are_counted(config, settings):
     )
     assert half == pytest.approx(need.moments / 2, rel=0.01)
     assert quarter == pytest.approx(need.moments / 4, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"text_blocks": 2},
+        {"text_blocks": 0, "train": "both", "vision_blocks": 1},
+        {"embeddings": False, "temperature": 0.07},
+        {"train": "both", "geometric": (EVERYWHERE,)},
+        {"geometric": (Geometric(("qkv",), first=1, train="r"), Geometric(("mlp",), last=0, train="theta"))},
+    ],
+)
+def test_what_trains_is_what_is_counted(changes):
+    """Gradients go no deeper than the first block that trains."""
+    settings = RepairConfig(anchors=(), **changes)
+    with torch.device("meta"):
+        clip = CLIP(SMALL)
+        trainer.set_up(clip, settings, torch.device("meta"))
+    assert estimate(SMALL, settings, "fp32").gradients == 4 * sum(
+        p.numel() for p in clip.parameters() if p.requires_grad
+    )
+    sizes = memory._sizes(SMALL, settings, 1)
+    assert sizes.text_depth == changes.get("text_blocks", SMALL.text.layers)
+    assert sizes.vision_depth == (0 if settings.train == "text" else changes.get("vision_blocks", SMALL.vision.layers))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, (("mlp",), False)),
+        ({"geometric": ()}, ((), False)),
+        ({"geometric": (EVERYWHERE,)}, (("mlp", "qkv", "out"), False)),
+        ({"geometric": (Geometric(first=2),)}, (("mlp",), True)),
+        ({"geometric": (Geometric(first=2),), "text_blocks": 2}, (("mlp",), False)),
+        ({"text_blocks": 0}, ((), False)),
+    ],
+)
+def test_layers_are_split_in_all_blocks_that_gradients_pass_through_or_in_some(changes, expected):
+    assert memory._sizes(SMALL, RepairConfig(**changes), 1).text_split == expected
 
 
 @pytest.mark.parametrize("state", ["fp32", "bf16", *LIBRARIES])
@@ -307,6 +347,22 @@ def test_moments_take_what_is_counted(state, monkeypatch):
     plain = [moment for moment in moments if not hasattr(moment, "__tensor_flatten__")]
     counted = sum(optim.moment_bytes(parameter.numel(), state) for parameter in model.values())
     assert sum(tensor.nbytes for tensor in plain + parts) == counted
+
+
+@pytest.mark.parametrize("kind", optim.MOMENTS)
+def test_moments_and_steps_of_other_optimizers_take_what_is_counted(kind):
+    model = torch.nn.ParameterDict({"weight": torch.nn.Parameter(torch.zeros(1500, 1000))})
+    optimizer = optim.make_optimizer(optim.parameter_groups(model, 1e-3, {}, 0.1), (0.9, 0.98), CPU, kind=kind)
+    moments = [*optimizer.state[model["weight"]].values()]
+    assert sum(moment.nbytes for moment in moments) == optim.moment_bytes(1500 * 1000, "fp32", kind)
+    peaks = []
+    for _ in range(12):  # AdaBelief's first steps need less
+        model["weight"].grad = torch.ones(1500, 1000)
+        with Allocated(model["weight"], model["weight"].grad, *moments) as allocated:
+            optimizer.step()
+        peaks.append(allocated.peak)
+    counted = memory._stepping(RepairConfig(optimizer=kind), 1500 * 1000, on_cpu=True)
+    assert 0.97 * counted <= max(peaks) <= counted
 
 
 def test_a_step_on_bf16_moments_copies_no_whole_tensor():
@@ -484,7 +540,7 @@ def test_a_training_on_a_gpu_takes_what_was_estimated(changes, state, monkeypatc
     "changes",
     [
         {"batch": 96},
-        {"batch": 96, "geometric": False, "anchors": ()},
+        {"batch": 96, "geometric": (), "anchors": ()},
         {"batch": 96, "checkpointing": True},
         {"batch": 64, "anchors": ANCHORS},
         {"batch": 64, "anchors": ANCHORS, "anchor_captions": 64},
@@ -495,7 +551,17 @@ def test_a_training_on_a_gpu_takes_what_was_estimated(changes, state, monkeypatc
         {"batch": 96, "rates": {"token_embedding*": 0.0, "positional*": 0.0, "transformer.resblocks.[01].*": 0.0}},
         {"batch": 96, "negatives": "all", "smoothing": 0.1},
         {"batch": 64, "optimizer_state": "bf16"},
+        {"batch": 64, "optimizer": "adabelief", "clip_adaptive": 0.01},
+        {"batch": 64, "optimizer": "lion"},
+        {"batch": 64, "ema": 0.9, "anchors": ()},
+        {"batch": 48, "ema": 0.9, "train": "both"},
         {"batch": 8, "checkpointing": True, "anchors": ()},
+        {"batch": 96, "geometric": (EVERYWHERE,)},
+        {"batch": 96, "geometric": (Geometric(first=2, last=2),)},
+        {"batch": 48, "train": "both", "geometric": (EVERYWHERE,), "checkpointing": True},
+        {"batch": 96, "text_blocks": 2},
+        {"batch": 48, "train": "both", "vision_blocks": 2, "text_blocks": 2},
+        {"batch": 48, "train": "both", "neurons": (Neuron("vision", 1, 0, 9.0), Neuron("text", 0, 1, 9.0))},
     ],
     ids=lambda changes: " ".join(f"{key}={value}" for key, value in changes.items() if key != "anchors"),
 )
@@ -542,7 +608,7 @@ def test_measuring_takes_what_was_estimated():
     with Allocated(*known) as compared:
         drift(clip, other, ids)
     least = RepairConfig(batch=2, checkpointing=True, anchors=())
-    need = estimate(SMALL, replace(least, geometric=False), "bf16", CPU)
+    need = estimate(SMALL, replace(least, geometric=()), "bf16", CPU)
     measured = max(features.peak, compared.peak)
     assert measured <= need.activations + need.other <= 1.2 * measured
 
@@ -632,6 +698,17 @@ def test_fewer_bits_for_moments_are_proposed_where_nothing_else_helps():
     assert found and {state for *_, state in found} == {"8bit"}
     message = advice(replace(settings, optimizer_state="8bit"), 12 * GB, CLIP_G)
     assert "With optimizer state" not in message and "with the same steps and the same result" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "states"),
+    [({"optimizer": "lion"}, {"fp32"}), ({"cycle_momentum": True}, {"fp32", "bf16"})],
+)
+def test_only_states_that_the_settings_can_have_are_proposed(changes, states):
+    settings = RepairConfig(batch=512, **changes)
+    found = proposals(advice(settings, 6 * GB)) + proposals(advice(settings, 3 * GB))
+    assert found and {state for *_, state in found} <= states
+    assert f"optimizer state {max(states, key=['fp32', 'bf16'].index)} fits" in advice(settings, GB)
 
 
 def test_checkpointing_that_is_on_stays_on():

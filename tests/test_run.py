@@ -111,8 +111,8 @@ def test_a_whole_run(whole, mode):
     assert of("step", events)[-1]["loss"] < of("step", events)[0]["loss"]
     names = {path.name for path in folder.iterdir()} - {"lock", "evidence"}
     expected = {
-        "run.json", "join.json", "dataset.json", "events.jsonl", "history.npz", "checkpoints", RESULT, BEST,
-        "result.json", "loss.png", "evidence.json", "report.html",
+        "run.json", "config.toml", "join.json", "dataset.json", "events.jsonl", "history.npz", "checkpoints",
+        RESULT, BEST, "result.json", "loss.png", "evidence.json", "report.html",
     }  # fmt: skip
     assert names == (expected | {"clip.safetensors"} if mode == "both" else expected)
     with Image.open(folder / "loss.png") as picture:
@@ -635,21 +635,21 @@ def test_no_thread_outlives_a_run(start, tmp_path):
 def test_all_problems_of_the_settings_at_once():
     with pytest.raises(InputError) as error:
         RepairConfig(
-            train="vision", epochs=0, batch=1, accumulate=0, lr=2.0, schedule="onecycle", warmup=1.0, smoothing=-0.1,
+            train="vision", epochs=0, batch=1, accumulate=0, lr=2.0, schedule="triangle", warmup=1.0, smoothing=-0.1,
             held_out=0.95, keep=0, precision="int8", rates={"*.r": -1.0}, betas=(0.9, 1.0), weight_decay=float("nan"),
             anchors=(Anchor("nobody", "middle", 0.0),),
         )  # fmt: skip
     message = str(error.value)
     for part in (
-        "train is 'vision'", "epochs is 0", "batch is 1", "accumulate is 0", "lr is 2.0", "'onecycle'", "warmup is 1.0",
+        "train is 'vision'", "epochs is 0", "batch is 1", "accumulate is 0", "lr is 2,", "'triangle'", "warmup is 1,",
         "smoothing is -0.1", "held_out is 0.95", "keep is 0", "'int8'", "*.r", "betas", "weight_decay is nan",
-        "teacher 'nobody'", "read point 'middle'", "weight 0.0",
+        "teacher is 'nobody'", "read_point is 'middle'", "weight is 0,",
     ):  # fmt: skip
         assert part in message, part
 
 
 def test_an_anchor_twice_is_refused():
-    with pytest.raises(InputError, match="original:last .*more than once"):
+    with pytest.raises(InputError, match="original@dataset:last is given more than once"):
         RepairConfig(anchors=(Anchor("original", "last", 0.1), Anchor("original", "last", 0.1)))
     RepairConfig(anchors=(Anchor("original", "last", 0.1), Anchor("broken", "last", 0.1)))
 

@@ -138,3 +138,121 @@ def test_global_random_numbers_are_left_alone():
     assert np.array_equal(np.random.get_state()[1], before[1]) and random.getstate() == before[2]
     torch.manual_seed(99)
     assert take(sampler, 10) == expected
+
+
+# ---- repeats --------------------------------------------------------------------------------------------------------
+
+REPEATS = [1, 2.5, 0.3, 4, 1, 1.75, 0, 10, 0.5, 3, 1]  # 25.05
+
+
+def epochs_of(sampler, count) -> list[list[int]]:
+    return [[p for pictures, _ in take(sampler, sampler.batches_per_epoch) for p in pictures] for _ in range(count)]
+
+
+def test_repeats_of_one_change_nothing():
+    plain = take(Sampler(COUNTS, 3, seed=3), 40)
+    assert take(Sampler(COUNTS, 3, seed=3, repeats=[1.0] * 11), 40) == plain
+    assert take(Sampler(COUNTS, 3, seed=3, repeats=(1,) * 11), 40) == plain
+
+
+@pytest.mark.parametrize("repeats", [REPEATS, [2] * 11, [0.5] * 11, [0.9, 0.7, *[1] * 9], [2.5, *[1] * 10], [1.3] * 11])
+def test_every_picture_is_visited_its_repeats_rounded_down_or_up_and_all_together_the_rounded_sum(repeats):
+    sampler = Sampler(COUNTS, 1, seed=0, repeats=repeats)
+    assert sampler.visits == sampler.batches_per_epoch == round(sum(repeats))
+    for seen in epochs_of(sampler, 50):
+        visits = np.bincount(seen, minlength=11)
+        assert visits.sum() == round(sum(repeats))
+        assert (np.floor(repeats) <= visits).all() and (visits <= np.ceil(repeats)).all()
+
+
+def test_on_average_a_picture_is_visited_its_repeats():
+    repeats = np.random.default_rng(0).uniform(0, 3, 200)
+    repeats[-1] += np.ceil(repeats.sum()) - repeats.sum()  # whole in all: no rounding
+    sampler = Sampler([1] * 200, 1, seed=1, repeats=repeats.tolist())
+    seen = np.stack([np.bincount(epoch, minlength=200) for epoch in epochs_of(sampler, 400)])
+    fractions = repeats % 1
+    sigma = np.sqrt(fractions * (1 - fractions) / 400)
+    assert np.abs(seen.mean(0) - repeats).max() < 5 * sigma.max()
+    assert seen.std(0).max() < 0.51
+
+
+def test_two_visits_of_a_picture_lie_far_apart():
+    repeats = [1] * 600 + [2] * 300 + [5] * 100 + [10] * 20  # 1900
+    sampler = Sampler([1] * len(repeats), 1, seed=2, repeats=repeats)
+    for seen in epochs_of(sampler, 5):
+        places = [np.flatnonzero(np.array(seen) == p) for p in range(len(repeats))]
+        for times, each in zip(repeats, places, strict=True):
+            if times > 1:
+                assert np.diff(each).min() > 0.3 * 1900 / times  # half a round, but for chance between them
+        # rounds have other orders: of pictures with as many visits, other ones stand first in each
+        firsts = [np.argsort([each[k] for each in places[900:1000]]).tolist() for k in range(5)]
+        assert all(one != other for one, other in zip(firsts, firsts[1:], strict=False))
+
+
+def test_a_picture_with_many_repeats_stands_anywhere_in_an_epoch():
+    repeats = [1] * 50 + [3] * 10
+    sampler = Sampler([1] * 60, 1, seed=0, repeats=repeats)
+    hits = np.zeros(80)
+    for seen in epochs_of(sampler, 600):
+        hits += np.isin(seen, range(50, 60))
+    expected = 600 * 30 / 80
+    assert np.abs(hits - expected).max() < 5 * np.sqrt(expected)
+
+
+def test_captions_of_repeated_pictures_are_uniform_and_drawn_for_each_visit():
+    sampler = Sampler([3] * 8, 4, seed=2, repeats=[2] * 8)
+    hits, alike = np.zeros((8, 3)), 0
+    for _ in range(1000):
+        visits = {}
+        for pictures, captions in take(sampler, sampler.batches_per_epoch):
+            for picture, caption in zip(pictures, captions, strict=True):
+                hits[picture, caption] += 1
+                visits.setdefault(picture, []).append(caption)
+        alike += sum(one == other for one, other in visits.values())
+    assert np.abs(hits - 2000 / 3).max() < 5 * np.sqrt(2000 / 3)
+    assert abs(alike - 8000 / 3) < 5 * np.sqrt(8000 * 2 / 9)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5, 6, 7, 20])
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_resumes_exactly_with_repeats(taken, in_turn):
+    sampler = Sampler(COUNTS, 4, 3, REPEATS, in_turn)
+    take(sampler, taken)
+    state = json.loads(json.dumps(sampler.state()))
+    fresh = Sampler(COUNTS, 4, 3, REPEATS, in_turn)
+    fresh.restore(state)
+    assert take(fresh, 20) == take(sampler, 20)
+
+
+def test_captions_in_turn_go_from_epoch_to_epoch_in_the_order_of_random_ones():
+    turned, plain = Sampler(COUNTS, 11, seed=3, in_turn=True), Sampler(COUNTS, 11, seed=3)
+    for epoch in range(8):
+        (pictures, captions), (others, _) = next(turned), next(plain)
+        assert torch.equal(pictures, others)
+        assert captions.tolist() == [epoch % COUNTS[p] for p in pictures.tolist()]
+
+
+def test_captions_in_turn_follow_each_other_within_an_epoch_too():
+    sampler = Sampler([5, 2], 5, seed=0, repeats=[3, 2], in_turn=True)
+    seen = {0: [], 1: []}
+    for pictures, captions in take(sampler, 6):
+        for picture, caption in zip(pictures, captions, strict=True):
+            seen[picture].append(caption)
+    assert seen == {0: [n % 5 for n in range(18)], 1: [n % 2 for n in range(12)]}
+
+
+@pytest.mark.parametrize(
+    ("repeats", "reason"),
+    [
+        (
+            [1, -1, float("nan"), float("inf")],
+            r"3 of 4 pictures have repeats .* between 0 and .* \(positions 1, 2, 3\)",
+        ),
+        ([1, 1], "2 numbers of repeats were given for 4 pictures"),
+        ([0.1] * 4, "0 visits of pictures don't fill a batch of 2: add pictures"),
+        ([0.4] * 4, "2 visits of pictures don't fill a batch of 3: lower the batch size to at most 2"),
+    ],
+)
+def test_impossible_repeats(repeats, reason):
+    with pytest.raises(InputError, match=reason):
+        Sampler([1] * 4, 2 if "of 2" in reason else 3, 0, repeats)

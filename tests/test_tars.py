@@ -226,7 +226,7 @@ def test_what_cannot_be_used_is_told_with_its_reason_and_the_rest_is_read(tmp_pa
     reasons = dict(left_out)
     assert reasons["bare.jpg"] == reasons["blank.jpg"] == "no caption"
     assert reasons["words"] == "no picture beside its text"
-    assert "utf-8" in reasons["latin.jpg"] and "without the key caption" in reasons["list.jpg"]
+    assert "UTF-8" in reasons["latin.jpg"] and "without the key caption" in reasons["list.jpg"]
     assert "neither a string nor" in reasons["number.jpg"] and "cannot be read" in reasons["torn.jpg"]
     assert "nested too deeply" in reasons["deep.jpg"]
     assert any("twice.jpg: duplicate file name" in reason for reason in reasons.values())

@@ -18,8 +18,9 @@ from gmp.errors import InputError
 from gmp.gradients import layer_and_role
 from gmp.losses import anchor, info_nce
 from gmp.measure import drift
-from gmp.step import Pairs
-from gmp.trainer import begin, held_out_loss, precision_of, set_up, train
+from gmp.objective import held_out_loss
+from gmp.pairs import Pairs
+from gmp.trainer import begin, precision_of, set_up, train
 
 CPU = torch.device("cpu")
 CONFIG = CLIPConfig(TextConfig(32, 2, 2, 64, 12, 50, 16), VisionConfig(32, 1, 2, 64, 8, 16, 16))
@@ -130,7 +131,7 @@ def test_accumulation_is_not_the_mean_over_batches():
 
 
 def test_one_step_is_that_of_plain_torch():
-    config = settings(geometric=False, weight_decay=0.1, clip_norm=0.5, betas=(0.8, 0.95))
+    config = settings(geometric=(), weight_decay=0.1, clip_norm=0.5, betas=(0.8, 0.95))
     training, events = start(config)
     reported = next(events)
     clip, pairs = make(), make_pairs()
@@ -296,15 +297,15 @@ def test_both_mode_looks_one_step_ahead_and_no_further():
     assert pairs.pixels.asked == [*taken[1:], []]
 
 
-@pytest.mark.parametrize("geometric", [True, False])
+@pytest.mark.parametrize("geometric", [RepairConfig().geometric, ()])
 def test_names_while_training(geometric):
     training, events = start(settings(train="both", geometric=geometric))
     next(events)
     names = set(training.clip.state_dict())
     mlps = [f"{tower}transformer.resblocks.0.mlp.{part}" for tower in ("", "visual.") for part in ("c_fc", "c_proj")]
     for mlp in mlps:
-        assert (f"{mlp}.weight" in names) != geometric
-        assert ({f"{mlp}.r", f"{mlp}.theta"} <= names) == geometric
+        assert (f"{mlp}.weight" in names) != bool(geometric)
+        assert ({f"{mlp}.r", f"{mlp}.theta"} <= names) == bool(geometric)
 
 
 def test_rates_freeze_and_scale():

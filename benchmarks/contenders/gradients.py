@@ -10,7 +10,7 @@ from torch import Tensor
 from gmp.config import RepairConfig
 from gmp.data.images import PicturesAhead, load_picture, preprocess
 from gmp.losses import info_nce
-from gmp.step import Pairs
+from gmp.pairs import Pairs
 from gmp.trainer import begin, set_up, train
 
 from . import hugging_face, ours, seed
@@ -44,7 +44,7 @@ def check(task: Task) -> dict[str, float]:
     info_nce(pictures, texts, clip.logit_scale).backward()
     expected = hugging_face.gradients(clip)
     pairs = Pairs(ids=ids, counts=(1,) * PAIRS, features=pictures.detach(), pixels=None)
-    found = _engine(task, pairs, geometric=False)
+    found = _engine(task, pairs, geometric=())
     return differences | {"cached_from_transformers": _largest(found, expected)}
 
 

@@ -10,7 +10,7 @@ import torch
 from gmp.clip import CLIP, TextTower, load
 from gmp.config import SDXL_ANCHOR, RepairConfig
 from gmp.data.images import PicturesAhead
-from gmp.step import Pairs
+from gmp.pairs import Pairs
 from gmp.trainer import begin, set_up, train
 
 from .task import Task, captions, picture_paths, weights

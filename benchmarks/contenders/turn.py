@@ -110,7 +110,7 @@ def embed(task: Task) -> dict[str, float]:
 
 def watching(task: Task) -> dict[str, float]:
     """A step in GmP form with statistics over one with plain weights and without; the two take turns."""
-    plain = ours.cached(task, geometric=False, statistics=False)
+    plain = ours.cached(task, geometric=(), statistics=False)
     watched = ours.cached(task)
     for _ in range(2):
         next(plain), next(watched)

@@ -11,7 +11,7 @@ from .. import READ_POINTS
 from ..errors import InputError
 from ..events import Event, progress
 from ..terminal import show
-from .towers import add_pictures, check_new, check_place, device, read_pictures
+from .towers import add_pictures, check_new, check_place, device, has_pictures, read_pictures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,7 +99,7 @@ def _pictures(options: argparse.Namespace) -> list[str]:
     if options.files:
         from ..comparison import PICTURES
 
-        names += [name for name in PICTURES if options.images or name != "pictures and captions"]
+        names += [name for name in PICTURES if has_pictures(options) or name != "pictures and captions"]
     return names
 
 
@@ -128,14 +128,14 @@ def _compared(options: argparse.Namespace) -> Generator[Event, None, Comparison]
 
     chosen = read_prompts(options.prompts) if options.prompts else prompts()
     settings = (options.heads, options.activation, options.end_of_text)
-    index = read_pictures(options) if options.images else None  # before a bar is there
+    index = read_pictures(options) if has_pictures(options) else None  # before a bar is there
     files = {}
     for done, (name, path) in enumerate(zip(names(options.files), options.files, strict=True)):
         yield progress("read files", done, len(options.files))
         files[name] = read_text(path, options.member, *settings)
     yield progress("read files", len(files), len(files))
     vision = None
-    if options.images:
+    if index is not None:
         vision = read_vision(options.vision or options.files[0], options.vision_heads, options.activation)
     original = next(iter(files.values()))
     return (

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .towers import add_pictures
+from .towers import add_pictures, has_pictures
 
 if TYPE_CHECKING:
     from ..diagnose import Pictures
     from ..layouts import TowerFile
-    from ..verdict import Preset
+    from ..presets import Preset
 
 LEGEND = (
     "error: distance of states to the original's; from 1 on, one state for every prompt would be nearer. "
@@ -58,7 +58,7 @@ def diagnose(options: argparse.Namespace) -> object:
     original = _original(options, text.source.member)
     if doubt := _doubt(text, original):
         print(f"note: {doubt}", file=sys.stderr)
-    pictures = _pictures(options) if options.images else None
+    pictures = _pictures(options) if has_pictures(options) else None
     found = show(start(text, original, target=options.target, pictures=pictures, device=device(options.device)))
     for line in lines(found):
         print(line)
@@ -95,18 +95,19 @@ def _doubt(text: TowerFile, original: TowerFile) -> str | None:
 
 
 def _command(options: argparse.Namespace, preset: Preset) -> str:
-    """A preset of GmP Repair as arguments of `repair`."""
-    from ..verdict import REPAIR_TARGETS
+    """The repair that is suggested."""
+    from ..presets import preset as known
 
-    point = next(point for point, target in REPAIR_TARGETS.items() if target == preset.target)
-    weights = {"original": preset.anchor_weight, "broken": preset.broken_weight}
     words = ["python", "-m", "gmp", "repair", "--text", options.text, "--vision", options.original]
-    words += ["--images", options.images or "PICTURES"]
+    if options.images or not options.source:
+        words += ["--images", options.images or "PICTURES"]
+    words += [word for source in options.source or () for word in ("--source", source)]
     words += ["--captions", options.captions] if options.captions else []
     words += ["--member", options.member] if options.member else []
-    for teacher, weight in weights.items():
-        words += ["--anchor", f"{teacher}:{point}={weight:g}"] if weight else []
-    return shlex.join(map(str, [*words, "--epochs", preset.epochs, "--out", "runs/repair"]))
+    words += ["--preset", preset.name]
+    if preset != known(preset.name):  # its anchors are at another read point
+        words += [word for anchor in preset.config.anchors for word in ("--anchor", anchor)]
+    return shlex.join(map(str, [*words, "--out", "runs/repair"]))
 
 
 def _pictures(options: argparse.Namespace) -> Pictures:

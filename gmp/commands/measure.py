@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import InputError
 from ..events import Event
 from ..terminal import show
-from .towers import check_new, check_place, device, read_pictures, read_towers
+from .towers import check_new, check_place, device, has_pictures, read_pictures, read_towers
 
 if TYPE_CHECKING:
     from ..data.classes import Classes
@@ -74,9 +74,9 @@ def _check(options: argparse.Namespace) -> None:
     """Raises InputError for options that lack another one, before anything is read."""
     from ..plots.figure import FORMATS
 
-    if not (options.images or options.classes):
+    if not (has_pictures(options) or options.classes):
         raise InputError("there is nothing to measure on; give --images with captioned pictures, or --classes, or both")
-    if not options.images:
+    if not has_pictures(options):
         for given, name in ((options.captions, "captions"), (options.relations, "relations")):
             if given:
                 raise InputError(f"--{name} needs captioned pictures; give --images, too")
@@ -106,7 +106,7 @@ def _measured(options: argparse.Namespace) -> Generator[Event, None, Evaluation]
     from ..tokenizer import tokenizer_for
     from ..zero_shot import read_templates
 
-    index = read_pictures(options) if options.images else None
+    index = read_pictures(options) if has_pictures(options) else None
     classes = _classes(options) if options.classes else None
     templates = read_templates(options.templates) if options.templates else None
     text, vision, original = read_towers(options)

@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..events import Event, progress
 from ..terminal import show
 from .files import check_writing
-from .towers import add_pictures, check_new, check_place, device, read_pictures
+from .towers import add_pictures, check_new, check_place, device, has_pictures, read_pictures
 
 if TYPE_CHECKING:
     from ..layouts import TowerFile
@@ -74,7 +74,7 @@ def scan(options: argparse.Namespace) -> object:
     written = [options.out / name for name in ("scan.png", "scan.json")] if options.out else []
     check_new(written, options.force)
     check_place(written)
-    index = read_pictures(options) if options.images else None
+    index = read_pictures(options) if has_pictures(options) else None
     broken, repaired = show(_read_ends(options))
     vision = read_vision(options.original, options.vision_heads, options.activation)
     original, sentence = read_lender(options.original, broken.source.member, options.heads, options.activation)

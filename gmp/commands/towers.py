@@ -82,20 +82,80 @@ def add_pictures(
     """The options of `read_pictures`, and those of embedding what it reads. images: the help of --images."""
     parser.add_argument("--images", type=Path, required=required, metavar="DIR", help=images)
     parser.add_argument(
-        "--captions", type=Path, metavar="FILE", help='JSON {"sub/01.jpg": ["caption", …]}; without: .txt files beside'
+        "--captions", type=Path, metavar="FILE", help="JSON, COCO, CSV, metadata.jsonl …; without: .txt files beside"
+    )
+    parser.add_argument("--kind", metavar="KIND", help="of the captions (as they look); see `captions kinds`")
+    parser.add_argument(
+        "--columns", metavar="A,B", help="of a table: the pictures', then the captions' (by their names)"
+    )
+    parser.add_argument(
+        "--source",
+        action="append",
+        metavar="[KIND:]PLACE[@IMAGES][=WEIGHT]",
+        help="a further folder or caption file, whose pictures an epoch visits WEIGHT times; may be repeated",
     )
     parser.add_argument("--allow-missing", action="store_true", help="leave out pictures that are named but not there")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps or auto, the best there is (auto)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="for picture features (~/.cache/gmp)")
 
 
-def read_pictures(options: argparse.Namespace) -> Index:
-    """The captioned pictures of --images; tells on standard error which are left out, and text files without one."""
-    from ..data.captions import read_index
+def has_pictures(options: argparse.Namespace) -> bool:
+    """Whether captioned pictures were given, in either way."""
+    return bool(options.images or options.source)
 
-    index = read_index(options.images, options.captions, options.allow_missing)
-    told = ("not found: ", "without captions: ", "text files without a picture: ")
-    for line in str(index.report).splitlines():
-        if line.startswith(told) and not line.endswith(": 0"):
-            print(f"left out: {line}", file=sys.stderr)
+
+def read_pictures(options: argparse.Namespace) -> Index:
+    """The captioned pictures of --images and of every --source, as one data set.
+
+    Tells on standard error how they were read, and what is left out. Raises InputError with the problems of all.
+    """
+    from ..data import sources
+
+    columns = split_columns(options.columns)
+    given = [sources.parse(text, sources.KINDS) for text in options.source or ()]
+    if options.images:
+        place = str(options.captions or options.images)
+        given.insert(0, sources.Source(place, options.kind, str(options.images)))
+    elif options.captions or options.kind:
+        raise InputError("--captions and --kind are of --images; give it, too, or write --source KIND:FILE@IMAGES")
+    found, problems = [], []
+    for one in given:
+        try:
+            index = sources.read(
+                one.place, kind=one.kind, images=one.images, columns=columns, missing_ok=options.allow_missing
+            )
+        except InputError as error:
+            problems.append(str(error))
+        else:
+            found.append((index, one.weight))
+    if problems:
+        raise InputError("\n".join(problems))
+    if not found:
+        raise InputError("give captioned pictures: a folder as --images, or any place as --source")
+    index = sources.mix(found)
+    for line in left_out(index):
+        print(line, file=sys.stderr)
     return index
+
+
+def split_columns(text: str | None) -> list[str] | None:
+    """--columns, as `sources.read` takes them."""
+    return [name.strip() for name in text.split(",")] if text else None
+
+
+def left_out(index: Index) -> list[str]:
+    """What a person should know of how captions were read: the kind where it is not the usual, and what is left out."""
+    told = (
+        "not found: ",
+        "without captions: ",
+        "text files without",
+        "links that",
+        "caption files that hold nothing: ",
+        "caption files that can't be read: ",
+    )
+    report = index.report
+    lines = [f"captions: {report.kind}"] if report.kind not in ("", "text", "json") else []
+    lines += [f"captions: {note}" for note in report.notes]
+    found = [line for line in str(report).splitlines() if not line.endswith(": 0")]
+    lines += [f"left out: {line}" for line in found if line.startswith(told)]
+    return lines + [line for line in found if line.startswith("found under another spelling: ")]

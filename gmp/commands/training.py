@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from ..events import Event, finish
+from ..settings import over, plain, read_toml
 from ..terminal import Stop, show, tell
 from .runs import note_command
 from .towers import device, read_towers
@@ -15,12 +17,12 @@ from .towers import device, read_towers
 if TYPE_CHECKING:
     import torch
 
+    from ..config import RepairConfig
     from ..data.captions import Index
     from ..data.tars import Tars
 
 
 def repair(options: argparse.Namespace) -> object:
-    from ..config import SDXL_ANCHOR, Anchor, RepairConfig
     from ..distributed import from_environment, is_first
     from ..features import default_cache
     from ..report import REPORT
@@ -28,41 +30,13 @@ def repair(options: argparse.Namespace) -> object:
     from ..run import repair as start
     from ..tokenizer import tokenizer_for
 
-    if options.anchor and options.no_anchor:
-        raise InputError("--anchor and --no-anchor contradict each other; give one of them")
-    anchors = tuple(Anchor.parse(a) for a in options.anchor or ()) or (SDXL_ANCHOR,)
-    config = RepairConfig(
-        train=options.train,
-        epochs=options.epochs,
-        batch=options.batch,
-        accumulate=options.accumulate,
-        lr=options.lr,
-        rates=dict(_rate(text) for text in options.rate or ()),
-        weight_decay=options.weight_decay,
-        schedule=options.schedule,
-        warmup=options.warmup,
-        negatives=options.negatives,
-        smoothing=options.smoothing,
-        clip_norm=options.clip_norm,
-        geometric=not options.plain,
-        anchors=() if options.no_anchor else anchors,
-        anchor_captions=options.anchor_captions,
-        precision=options.precision,
-        held_out=options.held_out,
-        measure_every=options.measure_every,
-        best_by=options.best_by,
-        patience=options.patience,
-        save_every=options.save_every,
-        keep=options.keep,
-        seed=options.seed,
-        checkpointing=options.checkpointing,
-        optimizer_state=options.optimizer_state,
-    )
+    config = configuration(options)
+    concepts = _concepts(options.concepts)
     index = _pictures(options)
     chosen = _device(options.device)
     text, vision, original = read_towers(options, tell=is_first())
     tokenize = tokenizer_for(text.config.context_length, text.source.member)
-    inputs = Inputs(text, vision, original, index, tokenize)
+    inputs = Inputs(text, vision, original, index, tokenize, concepts)
     last: Event = {}
 
     def hear(event: Event) -> str | None:
@@ -105,18 +79,80 @@ def repair(options: argparse.Namespace) -> object:
     return answer | result
 
 
-def _pictures(options: argparse.Namespace) -> Index | Tars:
-    """The pictures of --images, or the tars of --data."""
-    from ..data.captions import read_index
-    from ..data.tars import find_tars
+def configuration(options: argparse.Namespace) -> RepairConfig:
+    """The settings of a command: preset or file, and what its options change."""
+    from ..config import SINGLE, Anchor, RepairConfig
+    from ..presets import DEFAULT, preset, read_config
 
-    if bool(options.images) == bool(options.data):
-        raise InputError("give captioned pictures: either a folder as --images, or WebDataset tars as --data")
-    if options.data and (options.captions or options.allow_missing):
+    if options.anchor and options.no_anchor:
+        raise InputError("--anchor and --no-anchor contradict each other; give one of them")
+    base = read_config(options.config) if options.config else preset(options.preset or DEFAULT).config
+    values = base.to_json()
+    given = {name: getattr(options, name) for name in SINGLE}
+    values |= {name: value for name, value in given.items() if value is not None}
+    values["rates"] |= dict(_rate(text) for text in options.rate or ())
+    if options.plain:
+        values["geometric"] = []
+    if options.anchor or options.no_anchor:
+        values["anchors"] = [plain(Anchor.parse(text)) for text in options.anchor or ()]
+    for text in options.set:
+        values = _set(values, text)
+    return RepairConfig.from_json(values, "the configuration")
+
+
+def _set(values: dict[str, object], text: str) -> dict[str, object]:
+    """A configuration's values with KEY=VALUE in its place; a value that is not TOML is a string."""
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not (key and equals):
+        raise InputError(f"--set {text!r} is not of the form KEY=VALUE, such as captions.shuffle=true")
+    try:
+        new = read_toml(f"value = {value}", text)["value"]
+    except InputError:
+        new = value
+    for name in reversed(key.split(".")):
+        new = {name: new}
+    return over(values, new)
+
+
+def _concepts(path: Path | None) -> tuple[str, ...]:
+    """The captions of a text file, one per line."""
+    if path is None:
+        return ()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise InputError(f"the concepts' captions {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"the concepts' captions {path} are not UTF-8 text (byte {error.start})") from None
+    found = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not found:
+        raise InputError(f"{path} has no caption; write one per line")
+    return found
+
+
+def _pictures(options: argparse.Namespace) -> Index | Tars:
+    """The pictures of --images and every --source, or the tars of --data; a --source may name tars if all do."""
+    from ..data.sources import KINDS, holds_tars, parse, tars_of
+    from ..data.tars import find_tars
+    from .towers import has_pictures, read_pictures
+
+    if has_pictures(options) == bool(options.data):
+        raise InputError(
+            "give captioned pictures: either a folder as --images or any --source, or WebDataset tars as --data"
+        )
+    if options.data and (options.captions or options.kind or options.columns or options.allow_missing):
         raise InputError("--captions and --allow-missing are for a folder of pictures; tars hold their captions")
     if options.data:
         return find_tars(options.data)
-    return read_index(options.images, options.captions, options.allow_missing)
+    given = [parse(text, KINDS) for text in options.source or ()]
+    tars = [one for one in given if one.kind == "webdataset" or one.kind is None and holds_tars(one.place)]
+    if not tars:
+        return read_pictures(options)
+    if options.images or len(tars) < len(given) or any(one.weight != 1 for one in tars):
+        raise InputError(
+            "tars are streamed, and not mixed with folders or weighed; give all pictures as tars, or unpack them"
+        )
+    return find_tars([tar for one in tars for tar in tars_of(one.place)])
 
 
 def _device(name: str | None) -> torch.device:

@@ -1,29 +1,24 @@
 """Captioned pictures on disk -> one index, and everything that is wrong with them, counted and named.
 
-Two ways to write captions down:
-- beside the pictures: `0001.jpg` with `0001.txt` (or `0001.caption`), each line that isn't empty a caption;
-- one JSON file: `{"sub/0001.jpg": ["a caption", "another"], …}`, paths relative to the folder of pictures.
+How captions may be written down is the matter of `sources`, a page for each kind; this is what all of them become.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from pathlib import Path
 
 from ..errors import InputError
 from ..events import progress
-from .images import load_picture
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 CAPTION_SUFFIXES = (".txt", ".caption")
 _SHOWN = 5  # names that a message lists; the report has all
 
@@ -34,6 +29,7 @@ class Picture:
 
     path: str  # relative to the index's root, with forward slashes
     captions: tuple[str, ...]  # at least one, stripped, no two the same
+    repeats: float = 1.0  # how often an epoch visits it: kohya's `10_name`, and the weight of its source
 
 
 @dataclass(frozen=True)
@@ -47,9 +43,17 @@ class CaptionReport:
     broken: tuple[tuple[str, str], ...] = ()  # left out: (path, reason), known once `check_pictures` ran
     repeated: int = 0  # captions that their own picture already has; taken once
     shared: int = 0  # different captions that more than one picture has; such pictures are no true negatives
+    empty: tuple[str, ...] = ()  # caption files that hold nothing
+    garbled: tuple[tuple[str, str], ...] = ()  # caption files beside pictures that can't be read: (path, reason)
+    linked: tuple[str, ...] = ()  # left out: links out of the folder, and linked folders, which are not followed
+    respelled: tuple[tuple[str, str], ...] = ()  # (as the captions name it, the file): another case or Unicode form
+    kind: str = ""  # of captions: a name in `sources.KINDS`, or several of a mix
+    notes: tuple[str, ...] = ()  # how it was read: the columns, what became captions
 
     def __str__(self) -> str:
         broken = [f"{path} ({reason})" for path, reason in self.broken]
+        garbled = [f"{path} ({reason})" for path, reason in self.garbled]
+        respelled = [f"{name} -> {path}" for name, path in self.respelled]
         lines = [
             f"pictures: {self.listed}",
             f"not found: {len(self.missing)}{_some(self.missing)}",
@@ -58,6 +62,12 @@ class CaptionReport:
             f"broken: {len(broken)}{_some(broken)}",
             f"captions repeated at their own picture: {self.repeated}",
             f"captions shared by several pictures: {self.shared}",
+            f"caption files that hold nothing: {len(self.empty)}{_some(self.empty)}",
+            f"caption files that can't be read: {len(garbled)}{_some(garbled)}",
+            f"links that were not followed: {len(self.linked)}{_some(self.linked)}",
+            f"found under another spelling: {len(respelled)}{_some(respelled)}",
+            *([f"kind of captions: {self.kind}"] if self.kind else ()),
+            *self.notes,
         ]
         return "\n".join(lines)
 
@@ -82,6 +92,11 @@ class Index:
     def caption_counts(self) -> tuple[int, ...]:
         """Captions per picture, as `Sampler` takes them."""
         return tuple(len(picture.captions) for picture in self.pictures)
+
+    @cached_property
+    def repeats(self) -> tuple[float, ...]:
+        """How often an epoch visits each picture."""
+        return tuple(picture.repeats for picture in self.pictures)
 
     def captions(self) -> list[str]:
         """All captions, those of the first picture first."""
@@ -111,29 +126,14 @@ def first_captions(counts: Sequence[int]) -> list[int]:
 def read_index(images: Path | str, captions: Path | str | None = None, missing_ok: bool = False) -> Index:
     """Read which pictures there are and what they show. No picture is opened: see `check_pictures`.
 
-    `captions`: a JSON file, or None for text files beside the pictures (sub-folders included; linked folders
-    and names that start with a dot are not). `missing_ok` leaves out pictures that the JSON file names but
-    that are not there (a part of a data set), and lists them in the report. Raises InputError with all
-    problems at once.
+    `captions`: a caption file of any kind in `sources.KINDS`, or None for what lies in the folder: a `metadata.jsonl`,
+    a `desc.csv`, or text files beside the pictures (sub-folders included; linked folders and names that start with a
+    dot are not). `missing_ok` leaves out pictures that the file names but that are not there (a part of a data
+    set), and lists them in the report. Raises InputError with all problems at once.
     """
-    root = Path(images)
-    problems = []
-    if not root.exists():
-        problems.append(f"There is no folder {root}. Give the folder that holds the pictures.")
-    elif not root.is_dir():
-        problems.append(f"{root} is a file. Give the folder that holds the pictures.")
-    found: dict[str, list[str]] = {}
-    missing: list[str] = []
-    orphans: list[str] = []
-    if captions is not None:
-        entries = _read_json(Path(captions), problems)
-        if root.is_dir():
-            found, missing = _locate(root, entries, Path(captions), missing_ok, problems)
-    elif root.is_dir():
-        found, orphans = _read_folder(root, problems)
-    if problems:
-        raise InputError("\n".join(problems))
-    return _build(root, found, missing, orphans)
+    from . import sources
+
+    return sources.read(images if captions is None else captions, images=images, missing_ok=missing_ok)
 
 
 def check_pictures(index: Index, threads: int = 4) -> Generator[dict[str, object], None, Index]:
@@ -187,8 +187,11 @@ def held_out_count(pictures: int, share: float, most: int) -> int:
 
 
 def dataset_key(index: Index, keys: Mapping[str, str]) -> str:
-    """SHA-256 of an index's names, contents and captions; `keys` gives each path its picture's `content_key`."""
-    captions = [(picture.path, keys[picture.path], picture.captions) for picture in index.pictures]
+    """SHA-256 of an index's names, contents, captions and repeats; `keys` gives each path its picture's `content_key`.
+
+    A picture that is visited once has no repeats in it, so that data sets without any keep their key.
+    """
+    captions = [(p.path, keys[p.path], p.captions, *((p.repeats,) if p.repeats != 1 else ())) for p in index.pictures]
     return hashlib.sha256(json.dumps(captions).encode()).hexdigest()
 
 
@@ -201,169 +204,10 @@ def content_key(path: Path | str) -> str:
     return digest.hexdigest()
 
 
-def _read_json(path: Path, problems: list[str]) -> list[tuple[str, list[str]]]:
-    """(path, captions) pairs as written.
-
-    Objects are read as tuples of pairs, so that no repeated key gets lost.
-    """
-    try:
-        # parse_int: no number is a caption, and int() raises its own error for very long ones
-        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=tuple, parse_int=float)
-    except FileNotFoundError:
-        problems.append(f"There is no caption file {path}.")
-    except IsADirectoryError:
-        problems.append(f"The caption file {path} is a folder. Give a JSON file, or none for .txt beside the pictures.")
-    except OSError as error:
-        problems.append(f"The caption file {path} can't be read: {error.strerror}.")
-    except UnicodeDecodeError as error:
-        problems.append(f"The caption file {path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.")
-    except json.JSONDecodeError as error:
-        problems.append(
-            f"The caption file {path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}."
-        )
-    except RecursionError:
-        problems.append(f"The caption file {path} is nested too deeply. {_EXPECTED}")
-    else:
-        return _entries(path, content, problems)
-    return []
-
-
-_EXPECTED = 'Expected an object of lists of strings: {"folder/0001.jpg": ["a caption", "another"]}.'
-
-
-def _entries(path: Path, content: Any, problems: list[str]) -> list[tuple[str, list[str]]]:
-    if not isinstance(content, tuple):
-        kind = {list: "a list", str: "a string", type(None): "null"}.get(type(content), "a number or truth value")
-        problems.append(f"The caption file {path} holds {kind}. {_EXPECTED}")
-        return []
-    if not content:
-        problems.append(f"The caption file {path} names no pictures. {_EXPECTED}")
-    entries, strangers = [], []
-    for key, value in content:
-        value = [value] if isinstance(value, str) else value
-        if isinstance(value, list) and all(isinstance(caption, str) for caption in value):
-            entries.append((key, value))
-        else:
-            strangers.append(key)
-    if strangers:
-        problems.append(
-            f"In the caption file {path}, {len(strangers)} of {len(content)} pictures have something else "
-            f"than a list of strings{_some(strangers)}. {_EXPECTED}"
-        )
-    return entries
-
-
-def _locate(
-    root: Path, entries: Iterable[tuple[str, list[str]]], source: Path, missing_ok: bool, problems: list[str]
-) -> tuple[dict[str, list[str]], list[str]]:
-    """Captions by picture, and the pictures that are not there."""
-    found: dict[str, list[str]] = {}
-    outside, strangers, missing = [], [], []
-    for key, captions in entries:
-        path = PurePosixPath(key.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or PureWindowsPath(key).drive:
-            outside.append(key)
-        elif path.suffix.lower() not in PICTURE_SUFFIXES:
-            strangers.append(key)
-        elif str(path) in found:
-            found[str(path)].extend(captions)
-        elif os.path.isfile(root / path):
-            found[str(path)] = list(captions)
-        else:
-            missing.append(key)
-    if outside:
-        problems.append(
-            f"The caption file {source} names {len(outside)} pictures outside {root}{_some(outside)}. "
-            "Write paths relative to that folder, without '..'."
-        )
-    if strangers:
-        problems.append(
-            f"The caption file {source} names {len(strangers)} files that are not pictures"
-            f"{_some(strangers)}. Pictures end in {', '.join(PICTURE_SUFFIXES)}."
-        )
-    if missing and not (missing_ok and found):
-        problems.append(
-            f"{len(missing)} of the pictures that the caption file {source} names are not in {root}"
-            f"{_some(missing)}. Paths are relative to that folder: check that it is the right one "
-            "and complete, or allow missing pictures to leave these out."
-        )
-    return found, missing
-
-
-def _read_folder(root: Path, problems: list[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Captions by picture, and the caption files that belong to none."""
-    pictures: list[Path] = []
-    texts: dict[Path, list[str]] = {}  # picture or caption file without suffix -> captions
-    files: dict[Path, list[Path]] = {}
-    garbled: list[str] = []
-    closed: list[OSError] = []
-    for folder, subfolders, names in os.walk(root, onerror=closed.append):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(name for name in names if not name.startswith(".")):
-            path = Path(folder, name)
-            if path.suffix.lower() in PICTURE_SUFFIXES:
-                pictures.append(path)
-            elif path.suffix.lower() in CAPTION_SUFFIXES:
-                files.setdefault(path.with_suffix(""), []).append(path)
-    stems = {picture.with_suffix("") for picture in pictures}
-    for stem in stems & files.keys():
-        for path in files[stem]:
-            try:
-                texts.setdefault(stem, []).extend(path.read_text(encoding="utf-8-sig").split("\n"))
-            except (OSError, UnicodeDecodeError):
-                garbled.append(_relative(path, root))
-    if garbled:
-        problems.append(
-            f"{len(garbled)} caption files in {root} can't be read as UTF-8 text{_some(sorted(garbled))}. "
-            "Save them as UTF-8."
-        )
-    if closed:
-        problems.append(
-            f"{len(closed)} folders in {root} can't be read{_some([str(error) for error in closed])}. "
-            "Allow reading them or move them away."
-        )
-    found = {_relative(picture, root): texts.get(picture.with_suffix(""), []) for picture in pictures}
-    orphans = [_relative(path, root) for stem in files.keys() - stems for path in files[stem]]
-    return found, sorted(orphans)
-
-
-def _build(root: Path, found: dict[str, list[str]], missing: Sequence[str], orphans: Sequence[str]) -> Index:
-    if not found:
-        raise InputError(f"There are no pictures in {root}. Pictures end in {', '.join(PICTURE_SUFFIXES)}.")
-    pictures, uncaptioned = [], []
-    repeated = 0
-    for path, raw in sorted(found.items()):
-        stripped = [caption.strip() for caption in raw if caption.strip()]
-        captions = tuple(dict.fromkeys(stripped))
-        repeated += len(stripped) - len(captions)
-        if captions:
-            pictures.append(Picture(path, captions))
-        else:
-            uncaptioned.append(path)
-    if not pictures:
-        raise InputError(
-            f"None of the {len(found)} pictures in {root} has a caption{_some(uncaptioned)}. Put a text file "
-            "of the same name beside each picture (0001.jpg, 0001.txt), or give a JSON file of captions"
-            + (f"; {', '.join(listings)} may be one." if (listings := _json_files(root)) else ".")
-        )
-    carriers = Counter(caption for picture in pictures for caption in picture.captions)
-    report = CaptionReport(
-        listed=len(found) + len(missing),
-        missing=tuple(missing),
-        orphans=tuple(orphans),
-        uncaptioned=tuple(uncaptioned),
-        repeated=repeated,
-        shared=sum(count > 1 for count in carriers.values()),
-    )
-    return Index(root, tuple(pictures), report)
-
-
-def _json_files(root: Path) -> list[str]:
-    return sorted(path.name for path in root.glob("*.json"))[:_SHOWN]
-
-
 def _fault(path: Path) -> str:
     """Why the picture can't be used; empty if it can."""
+    from .images import load_picture  # and torch, which reading captions does without
+
     try:
         load_picture(path)
     except InputError as error:
@@ -374,10 +218,6 @@ def _fault(path: Path) -> str:
 def held_out_order(key: str) -> bytes:
     """A place in an order that has nothing to do with names, dates or earlier splits by the same hash."""
     return hashlib.sha256(f"held out {key}".encode()).digest()
-
-
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
 
 
 def _some(names: Sequence[str]) -> str:

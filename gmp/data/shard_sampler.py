@@ -35,10 +35,19 @@ class ShardSampler:
     depend on (seed, epoch, window) alone, so the state is a position.
     """
 
-    def __init__(self, pictures: Sequence[int], caption_counts: Counts, batch: int, seed: int, window: int = WINDOW):
+    def __init__(
+        self,
+        pictures: Sequence[int],
+        caption_counts: Counts,
+        batch: int,
+        seed: int,
+        window: int = WINDOW,
+        in_turn: bool = False,
+    ):
         """pictures: of each shard; their positions follow each other, shard after shard.
 
-        Raises InputError when no batch can be filled, and for a window of no shards.
+        in_turn: captions are taken one after the other from epoch to epoch. Raises InputError when no batch can be
+        filled, and for a window of no shards.
         """
         total = sum(pictures)
         problems = []
@@ -56,7 +65,7 @@ class ShardSampler:
         self.batches_per_epoch, self.dropped_per_epoch = divmod(total, batch)
         self._sizes = tuple(pictures)
         self._starts = tuple(accumulate(pictures, initial=0))
-        self._counts = caption_counts
+        self._counts, self._in_turn = caption_counts, in_turn
         self._batch = 0  # batches of this epoch that were handed out
         self._plan: tuple[int, Tensor, list[int]] | None = None  # epoch, order of shards, where its windows begin
         self._drawn: tuple[int, int, Tensor, Tensor] | None = None  # epoch, window, pictures, captions
@@ -106,7 +115,7 @@ class ShardSampler:
             shards = order[number * self.window : (number + 1) * self.window].tolist()
             pictures = torch.cat([torch.arange(self._starts[shard], self._starts[shard + 1]) for shard in shards])
             counts = torch.as_tensor(self._counts[pictures])
-            captions = draw_captions(counts, generator)
+            captions = self.epoch % counts.long() if self._in_turn else draw_captions(counts, generator)
             mixed = torch.randperm(len(pictures), generator=generator)
             self._drawn = (self.epoch, number, pictures[mixed], captions[mixed])
         return self._drawn[2:]

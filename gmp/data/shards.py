@@ -2,7 +2,8 @@
 
 `embed_tars` streams every tar once and writes its shard: features of a locked vision tower, token ids of all captions,
 content hashes, names and texts. Training opens shards, never tars, and maps a few at a time: a data set may be larger
-than memory. Pictures have positions over all shards, in the order of the tars.
+than memory. Tokens are those of the captions as they are; what a run's policy makes of these is tokenized as they are
+taken. Pictures have positions over all shards, in the order of the tars.
 
     features (n, E) fp16    keys (n, 32) uint8, SHA-256 of the pictures' files
     picture_group, draw (n,) int64: from the key; equal for equal files; the place in the order of being held out
@@ -31,17 +32,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..config import Captions, Pictures
 from ..contrastive import Gallery
+from ..duplicates import alike
 from ..errors import InputError
 from ..events import Event, progress
 from ..features import embed_pixels, mapped, pictures_per_pass, precision_on, state_key
 from ..files import read_header, write_bytes, write_safetensors
-from ..step import Batch
-from ..tokenizer import Tokenize
+from ..pairs import Batch, drawn_ids, together
+from ..tokenizer import Tokenize, lengths
 from .captions import CaptionReport, Index, Picture, held_out_order
-from .images import PREPROCESSING, THREADS, load_pixels
+from .images import PLAIN, PREPROCESSING, THREADS, load_pixels
+from .policy import CUT_AT, chosen, finish, has_draws
 from .shard_sampler import ShardSampler
 from .tars import Sample, Tar, Tars, read_samples
+from .words import Words
 
 if TYPE_CHECKING:
     from ..clip import VisionTower
@@ -51,6 +56,7 @@ LISTED = 1000  # pictures left out of a tar, or of all, that are named; all are 
 SHOWN = 2000  # small pictures that are kept for reports, of those that will be held out first
 PICTURES = "pictures"  # their folder, beside the shards
 VERSION = 1  # of what a shard holds
+AS_THEY_ARE = Captions(cut="tokens")
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,9 @@ def write_shard(
         "captions": texts,
         "caption_ends": caption_ends,
     }
+    cut = finish(captions, Captions(), tokenize) if tokens.truncated else None
     about = {"truncated": tokens.truncated, "specials": tokens.specials} | about
+    about |= {f"cut at a {at}": cut.count(at) if cut else 0 for at in CUT_AT}  # where a run cuts so
     write_safetensors(tensors, path, {"shard": json.dumps(about)})
 
 
@@ -187,9 +195,18 @@ class Shards:
             pictures.append(Picture(picture_name(bytes(shard["keys"][row].tolist()).hex()), captions))
         return Index(root, tuple(pictures), self.report())
 
+    def texts(self, positions: Tensor) -> list[str]:
+        """Captions: (n,) positions -> n texts"""
+        found = []
+        numbers = _shard_of(positions, self.caption_starts)
+        for number, row in zip(numbers.tolist(), (positions - self.caption_starts[numbers]).tolist(), strict=True):
+            shard = self.shard(number)
+            found.append(_text(shard["captions"], shard["caption_ends"], row))
+        return found
+
     def told(self, name: str) -> int:
-        """The sum of a number over all tars: `left_out_count`, `truncated`, `specials`."""
-        return sum(one[name] for one in self.about)
+        """The sum of a number over all tars: `left_out_count`, `truncated`, `specials`, `cut at a sentence`, …"""
+        return sum(one.get(name, 0) for one in self.about)
 
     def report(self) -> CaptionReport:
         """What was found in all tars. `broken` names the first `LISTED` of what was left out."""
@@ -244,15 +261,26 @@ class ShardPairs:
 
     pixels = None  # the vision tower is locked
 
-    def __init__(self, shards: Shards, held: Tensor):
-        """held: positions in the shards of pictures that are not trained on."""
-        self.shards = shards
+    def __init__(
+        self,
+        shards: Shards,
+        held: Tensor,
+        policy: Captions = AS_THEY_ARE,
+        tokenize: Tokenize | None = None,
+        seed: int = 0,
+    ):
+        """held: positions in the shards of pictures that are not trained on.
+
+        tokenize: for what the policy makes of captions; without it they are taken as they are.
+        """
+        self.shards, self.policy, self.tokenize, self.seed = shards, policy, tokenize, seed
+        self.words = None if tokenize is None else Words(tokenize)
         self._held = held.sort().values
         self._before = self._held - torch.arange(len(held))  # training pictures before each one that is held out
         inside = torch.bincount(_shard_of(self._held, shards.starts), minlength=len(shards.pictures))
         self.pictures = tuple((torch.tensor(shards.pictures) - inside).tolist())  # of each shard
         self.features = Rows(self, "features")
-        self.counts = Rows(self, "counts")
+        self.counts = Rows(self, "counts", {"first": 1, "first_two": 2}.get(policy.choose))
 
     def __len__(self) -> int:
         return len(self.shards) - len(self._held)
@@ -263,7 +291,7 @@ class ShardPairs:
 
     def sampler(self, batch: int, seed: int) -> ShardSampler:
         """Raises InputError when no batch can be filled."""
-        return ShardSampler(self.pictures, self.counts, batch, seed)
+        return ShardSampler(self.pictures, self.counts, batch, seed, in_turn=self.policy.choose == "in_turn")
 
     @functools.cached_property
     def gallery(self) -> Gallery:
@@ -274,25 +302,55 @@ class ShardPairs:
         same_picture = self.shards.of_pictures("picture_group", places)
         return Gallery.of(self.features, same_picture, self.shards.of_captions("caption_group", captions), counts)
 
-    def batch(self, pictures: Tensor, choice: Tensor, upcoming: Tensor) -> Batch:
-        """pictures, choice: (B,) positions of pictures, and which of its captions each one has."""
+    def gallery_at(self, batch: Batch) -> Gallery:
+        return self.gallery.at(batch.pictures)
+
+    def image_features(self, batch: Batch, rows: slice | Tensor, device: torch.device) -> Tensor:
+        """As of `Pairs`."""
+        return self.features[batch.pictures[rows]].to(device)
+
+    def batch(self, pictures: Tensor, choice: Tensor, upcoming: Tensor, step: int = 0) -> Batch:
+        """pictures, choice: (B,) positions of pictures, and which of its captions each one has. step: from 0."""
         shards, places = self.shards, self.place(pictures)
+        if self.policy.choose == "longest":
+            choice = self._longest(places)
         captions = shards.first_caption(places) + choice
-        return Batch(
-            pictures,
-            upcoming,
-            shards.of_captions("ids", captions).long(),
-            shards.of_pictures("picture_group", places),
-            shards.of_captions("caption_group", captions),
-        )
+        ids = shards.of_captions("ids", captions).long()
+        same_picture = shards.of_pictures("picture_group", places)
+        if len(anew := self._anew(ids)):
+            texts, place = shards.texts(captions[anew]), f"{self.seed} captions {step}"
+            ids[anew] = drawn_ids(texts, self.policy, self.words, place)
+            if has_draws(self.policy):
+                same_picture = together(same_picture, alike(ids))
+        same_caption = shards.of_captions("caption_group", captions)
+        return Batch(pictures, upcoming, ids, same_picture, same_caption)
+
+    def _anew(self, ids: Tensor) -> Tensor:
+        """Rows whose tokens are not those of the caption as it is."""
+        policy = self.policy
+        if self.tokenize is None:
+            return torch.empty(0, dtype=torch.int64)
+        if policy.prefix or policy.suffix or has_draws(policy):
+            return torch.arange(len(ids))
+        full = lengths(ids) == ids.shape[1]  # it may have been cut
+        return (full & (policy.cut != "tokens")).nonzero()[:, 0]
+
+    def _longest(self, places: Tensor) -> Tensor:
+        """Which of its captions each picture has where the policy is the longest: (n,) places -> (n,)"""
+        first, counts = self.shards.first_caption(places), self.shards.of_pictures("counts", places)
+        rows = zip(first.tolist(), counts.tolist(), strict=True)
+        captions = [tuple(self.shards.texts(torch.arange(start, start + count))) for start, count in rows]
+        taken = chosen(captions, self.policy, self.tokenize)
+        return torch.tensor([each.index(one[0]) for each, one in zip(captions, taken, strict=True)])
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A tensor with a row for each training picture; floats become fp32."""
+    """A tensor with a row for each training picture; floats become fp32, numbers `most` at the most."""
 
     pairs: ShardPairs
     name: str
+    most: int | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -306,16 +364,20 @@ class Rows:
         if isinstance(positions, slice):
             positions = torch.arange(*positions.indices(len(self)))
         rows = self.pairs.shards.of_pictures(self.name, self.pairs.place(positions))
+        rows = rows if self.most is None else rows.clamp_max(self.most)
         return rows.float() if rows.is_floating_point() else rows
 
 
 # ---- embedding ------------------------------------------------------------------------------------------------------
 
 
-def shard_paths(tower: VisionTower, tars: Tars, tokenize: Tokenize, cache: Path, precision: str = "fp32") -> list[Path]:
-    """Where the shards of tars lie. Another tower, precision, preprocessing or tokenizer has other ones."""
+def shard_paths(
+    tower: VisionTower, tars: Tars, tokenize: Tokenize, cache: Path, precision: str = "fp32", crop: str = "centre"
+) -> list[Path]:
+    """Where the shards of tars lie. Another tower, precision, preprocessing, crop or tokenizer has other ones."""
     probe = tokenize(["", "a photo of a cat"]).ids.tolist()
     seen = f"{state_key(tower.state_dict())} {asdict(tower.vision_config)} {PREPROCESSING} {precision}"
+    seen += "" if crop == "centre" else f" {crop}"
     folder = cache / "shards" / hashlib.sha256(f"{VERSION} {seen} {probe}".encode()).hexdigest()[:24]
     return [folder / f"{tar.key[:32]}.safetensors" for tar in tars.files]
 
@@ -330,16 +392,18 @@ def embed_tars(
     batch: int | None = None,
     threads: int = THREADS,
     part: tuple[int, int] = (0, 1),
+    pictures: Pictures = PLAIN,
 ) -> Generator[Event, None, list[Path]]:
     """Embeds the tars that have no shard yet, one after the other; returns `shard_paths`, of all.
 
     precision: as in `features.embed_files`. batch: pictures in one pass; None takes what suits the device, and in any
     case fewer where memory is short. part: (rank, size): only every size-th tar, from the one at rank on, for processes
-    that share the work. Yields progress events; a consumer that stops listening keeps the shards that were finished.
+    that share the work. pictures: their crop, centre or letterbox. Yields progress events; a consumer that stops
+    listening keeps the shards that were finished.
     Raises InputError, when all else is done, with all tars that are damaged or cut.
     """
     precision = precision or precision_on(tower.proj.device)
-    paths = shard_paths(tower, tars, tokenize, cache, precision)
+    paths = shard_paths(tower, tars, tokenize, cache, precision, pictures.crop)
     mine = list(zip(tars.files, paths, strict=True))[part[0] :: part[1]]
     faults = []
     for done, (tar, path) in enumerate(mine):
@@ -349,8 +413,8 @@ def embed_tars(
         path.parent.mkdir(parents=True, exist_ok=True)
         shown = _shown(len(tars))
         try:
-            for pictures in _embed_tar(tower, tar, tokenize, path, precision, batch, threads, shown):
-                yield progress("embed tars", done, len(mine)) | {"pictures": pictures}
+            for count in _embed_tar(tower, tar, tokenize, path, precision, batch, threads, shown, pictures):
+                yield progress("embed tars", done, len(mine)) | {"pictures": count}
         except InputError as error:
             faults.append(str(error))
     yield progress("embed tars", len(mine), len(mine))
@@ -383,6 +447,7 @@ def _embed_tar(
     batch: int | None,
     threads: int,
     shown: int,
+    looks: Pictures,
 ) -> Iterator[int]:
     """Writes the shard of a tar; yields how many pictures are embedded."""
     size = tower.vision_config.image_size
@@ -395,7 +460,7 @@ def _embed_tar(
     def leave_out(name: str, reason: str) -> None:
         left_out.append((name if name.isprintable() else ascii(name), reason))  # a stranger's, and will be printed
 
-    for decoded in _decoded(read_samples(tar, leave_out), size, batch, threads, leave_out):
+    for decoded in _decoded(read_samples(tar, leave_out), size, batch, threads, leave_out, looks):
         pixels = torch.stack([picture for _, picture in decoded])  # (B, 3, S, S) bytes
         part, batch = embed_pixels(tower, pixels, precision, batch)
         features.append(part)
@@ -414,13 +479,18 @@ def _embed_tar(
 
 
 def _decoded(
-    samples: Iterator[Sample], size: int, batch: int, threads: int, leave_out: Callable[[str, str], object]
+    samples: Iterator[Sample],
+    size: int,
+    batch: int,
+    threads: int,
+    leave_out: Callable[[str, str], object],
+    looks: Pictures,
 ) -> Iterator[list[tuple[Row, Tensor]]]:
     """Batches of pictures as bytes (3, size, size); threads decode some ahead while the consumer works."""
 
     def decode(sample: Sample) -> tuple[Row, Tensor]:
         row = Row(sample.name, sample.key, sample.captions)
-        return row, load_pixels(io.BytesIO(sample.picture), size, sample.name)
+        return row, load_pixels(io.BytesIO(sample.picture), size, sample.name, looks)
 
     queue: deque[tuple[str, Future]] = deque()
     ready: list[tuple[Row, Tensor]] = []

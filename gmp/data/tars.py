@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import InputError, some
+from .sources.opened import decode
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
 TEXTS = ("txt", "json")
 SCHEMES = (
     *("file", "memory", "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "hdfs", "webhdfs"),
@@ -233,12 +234,12 @@ def _sample(found: dict[str, object], left_out: Callable[[str, str], object]) ->
 
 
 def _captions(found: dict[str, object]) -> tuple[str, ...]:
-    """Raises ValueError for a text that is not UTF-8, and for JSON that is something else."""
-    captions = found["txt"].decode("utf-8-sig").split("\n") if "txt" in found else []
+    """Raises ValueError for a text that is neither UTF-8 nor has a byte order mark, and for JSON of another shape."""
+    captions = decode(found["txt"]).split("\n") if "txt" in found else []
     if "json" in found:
         try:
             # parse_int: int() raises its own error for very long numbers
-            values = json.loads(found["json"].decode("utf-8-sig"), parse_int=float)
+            values = json.loads(decode(found["json"]), parse_int=float)
         except RecursionError:
             raise ValueError("JSON nested too deeply") from None
         if not isinstance(values, dict):

@@ -7,9 +7,10 @@ again, so a naming is one function `piece(name)`, used in both directions.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ OUTSIDE = {
     "vision": {
         "visual.class_embedding": ("width",),
         "visual.conv1.weight": ("width", 3, "patch", "patch"),
-        "visual.positional_embedding": ("rows", "width"),  # rows = 1 + grid * grid
+        "visual.positional_embedding": ("rows", "width"),  # rows = 1 + registers + grid * grid
         "visual.ln_pre.weight": ("width",),
         "visual.ln_pre.bias": ("width",),
         "visual.ln_post.weight": ("width",),
@@ -55,9 +56,15 @@ BLOCK = {
     "mlp.c_proj.weight": ("width", "mlp"),
     "mlp.c_proj.bias": ("width",),
 }
+# What some vision towers have beside it: registers, and gates that mix them into the class token.
+REGISTERS = "visual.register_tokens"
+_LAST_GATE = "visual.fusion_mlp"  # behind the tower
+_GATES = "visual.transformer.intermediate_fusion_mlps"  # behind the last blocks, counted from the first of these
+_GATE = {"0.weight": ("width", "2 width"), "0.bias": ("width",), "2.weight": (1, "width"), "2.bias": (1,)}
 # What a text encoder's own file usually lacks; the original CLIP lends it when the towers are joined.
 LENT = ("text_projection", "logit_scale")
 
+_WIDTHS = {"2 width": 2, "3 width": 3}
 _BLOCK_NAME = re.compile(r"^((?:visual\.)?transformer\.resblocks)\.(\d+)\.(.+)$")
 Shape = tuple[int, ...]
 
@@ -88,6 +95,23 @@ def expected(tower: str, blocks: Iterable[int]) -> dict[str, tuple[int | str, ..
     return {**OUTSIDE[tower], **inside}
 
 
+def registers(present: Callable[[str], bool]) -> dict[str, tuple[int | str, ...]]:
+    """Tensors of a vision tower's registers and their gates, with shapes as `expected`; {} where there are none."""
+    if not present(REGISTERS):
+        return {}
+    count = next(n for n in itertools.count() if not present(f"{_GATES}.{n}.0.bias"))
+    modules = [f"{_GATES}.{n}" for n in range(count)]
+    if modules or present(f"{_LAST_GATE}.0.bias"):
+        modules.append(_LAST_GATE)
+    gates = {f"{module}.{name}": shape for module in modules for name, shape in _GATE.items()}
+    return {REGISTERS: ("registers", "width"), **gates}
+
+
+def gate_count(names: Iterable[str]) -> int:
+    """How many gates these canonical tensors are of."""
+    return sum(name.startswith((_GATES, _LAST_GATE)) and name.endswith(".0.bias") for name in names)
+
+
 def is_vision(name: str) -> bool:
     return name.startswith("visual.")
 
@@ -114,18 +138,22 @@ def sizes_of(tower: str, names: Mapping[str, tuple], shapes: Mapping[str, Shape]
             continue
         if len(shape) == len(symbols):
             for symbol, length in zip(symbols, shape, strict=True):
-                if isinstance(symbol, str) and symbol != "3 width":
+                if isinstance(symbol, str) and symbol not in _WIDTHS:
                     sizes.setdefault(symbol, length)
         if "width" in sizes:
-            sizes["3 width"] = 3 * sizes["width"]
+            sizes |= {symbol: times * sizes["width"] for symbol, times in _WIDTHS.items()}
         wanted = tuple(sizes.get(symbol, symbol) for symbol in symbols)
         if shape != wanted:
             wrong.append(f"{name} is {list(shape)} and not {list(wanted)}")
-    sizes.pop("3 width", None)
+    sizes = {symbol: size for symbol, size in sizes.items() if symbol not in _WIDTHS}
     if nothing := [symbol for symbol, size in sizes.items() if size < 1]:
         wrong.append(f"{' and '.join(nothing)} 0")
-    if "rows" in sizes and math.isqrt(max(sizes["rows"] - 1, 0)) ** 2 != max(sizes["rows"] - 1, 1):
-        wrong.append(f"visual.positional_embedding has {sizes['rows']} rows, not one more than a square number")
+    if "rows" in sizes:
+        before = 1 + sizes.get("registers", 0)
+        patches = sizes["rows"] - before
+        if math.isqrt(max(patches, 0)) ** 2 != max(patches, 1):
+            more = "one" if before == 1 else f"{before}, class token and registers,"
+            wrong.append(f"visual.positional_embedding has {sizes['rows']} rows, not {more} more than a square number")
     return sizes, [f"shapes do not fit together: {some(wrong)}"] if wrong else []
 
 

@@ -16,7 +16,7 @@ from ..architectures import DEPTHS, LONG_KEPT, OPENAI_WIDTHS
 from ..errors import some
 from ..files import Header
 from . import huggingface, kinds, open_clip, openai, single_file
-from .canonical import LENT, STACK, Piece, Shape, expected, sizes_of
+from .canonical import LENT, STACK, Piece, Shape, expected, gate_count, registers, sizes_of
 from .gmp import in_radius_and_direction
 from .place import TEXT_PROJECTIONS, Place
 
@@ -42,7 +42,7 @@ class Part:
     layout: str
     member: str | None  # "clip_l", "clip_g", "clip_h"; None for a vision tower
     layers: int
-    sizes: dict[str, int]  # width, mlp, embed; text: vocab, context; vision: patch, rows
+    sizes: dict[str, int]  # width, mlp, embed; text: vocab, context; vision: patch, rows, some: registers, gates
     parameters: int
     dtypes: dict[str, int]  # how many tensors of each
     pieces: dict[str, Piece]  # canonical name -> tensors of the file
@@ -119,6 +119,8 @@ def _is_at(place: Place, keys: Collection[str]) -> bool:
 def _part(place: Place, blocks: set[int], header: Header) -> Part:
     keys = {key for key in header.tensors if place.owns(key)}
     names = expected(place.tower, sorted(blocks))
+    if place.tower == "vision":
+        names |= registers(lambda name: place.keys(place.piece(name)).keys[0] in keys)
     if place.piece is openai.piece:
         names = in_radius_and_direction(names, lambda name: place.key(name) in keys)
     pieces = {name: place.keys(place.piece(name)) for name in names}
@@ -154,6 +156,10 @@ def _part(place: Place, blocks: set[int], header: Header) -> Part:
         problems.append(f"tensors that belong together are not of one shape: {some(apart)}")
     shapes = {name: shape_of(name, piece, header) for name, piece in pieces.items() if name not in unlike}
     sizes, contradictions = sizes_of(place.tower, names, shapes)
+    if gates := gate_count(names):
+        sizes["gates"] = gates
+        if gates > 1 + len(blocks):
+            problems.append(f"has {gates} gates, more than its {len(blocks)} blocks and one")
     width = sizes.get("width", 0)
     place = _for_width(place, width)
     member = (place.member or MEMBERS.get(width, "clip_l")) if place.tower == "text" else None

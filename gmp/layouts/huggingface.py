@@ -1,12 +1,14 @@
 """Hugging Face transformers: q, k, v apart, projections as Linear weights, `text_model.` and `vision_model.`.
 
+A vision tower's registers and gates have names in zer0int's fork of transformers only; they are read.
+
 transformers from 5.6 on leaves the level out when it saves a bare CLIPTextModel or CLIPVisionModel
 (huggingface/transformers#44431); files are written with it, since ComfyUI does not recognise the other form.
 """
 
 from __future__ import annotations
 
-from .canonical import Piece, block_name
+from .canonical import REGISTERS, Piece, block_name
 from .place import Place
 
 _OUTSIDE = {
@@ -24,6 +26,7 @@ _OUTSIDE = {
     "visual.ln_post.weight": "vision_model.post_layernorm.weight",
     "visual.ln_post.bias": "vision_model.post_layernorm.bias",
     "visual.proj": "visual_projection.weight",
+    REGISTERS: "vision_model.embeddings.register_embeddings",
 }
 _BLOCK = {
     "ln_1": ("layer_norm1",),
@@ -48,6 +51,8 @@ def piece(name: str) -> Piece:
         if inner.endswith("bias"):
             module, leaf = inner[: -len("_bias")], "bias"
         return Piece(tuple(f"{_STACK[stack]}.{number}.{part}.{leaf}" for part in _BLOCK[module]))
+    if name not in _OUTSIDE:  # a gate
+        return Piece((name.replace("visual.transformer.", "vision_model.").replace("visual.", "vision_model."),))
     return Piece((_OUTSIDE[name],), transposed=name in ("text_projection", "visual.proj"))
 
 

@@ -18,6 +18,7 @@ from ..architectures import image_size
 from ..errors import ChangedError, InputError, some
 from .canonical import LENT, Piece, assemble, content_hash, is_finite
 from .detect import NAMES, Contents, Part, describe, shape_of
+from .gmp import weight_of
 from .knowledge import settle
 
 if TYPE_CHECKING:
@@ -255,7 +256,14 @@ def _open(
         )
     else:
         config = VisionConfig(
-            *shape, sizes["patch"], image_size(sizes), sizes["embed"], settled.activation, settled.assumed
+            *shape,
+            sizes["patch"],
+            image_size(sizes),
+            sizes["embed"],
+            settled.activation,
+            sizes.get("registers", 0),
+            sizes.get("gates", 0),
+            settled.assumed,
         )
     return OpenTower(header, part, config, settled.assumptions, tuple(notes), unusable)
 
@@ -292,15 +300,17 @@ def _folded(tensors: dict[str, files.Pending]) -> dict[str, files.Pending]:
             stem = name.removesuffix(".theta")
             r, theta = result.pop(f"{stem}.r"), result.pop(name)
             dtype = "F64" if theta.dtype == "F64" else "F32"
-            result[f"{stem}.weight"] = files.Pending(dtype, theta.shape, partial(_merged, r, theta))
+            weight, columns = weight_of(stem)
+            shape = theta.shape[::-1] if columns else theta.shape
+            result[weight] = files.Pending(dtype, shape, partial(_merged, stem, r, theta))
     return result
 
 
-def _merged(r: files.Pending, theta: files.Pending) -> Tensor:
-    from ..geometric import merge
+def _merged(stem: str, r: files.Pending, theta: files.Pending) -> Tensor:
+    from ..geometric import unsplit
 
     # torch has no arithmetic for fp8
-    return merge(*(half.make() if half.dtype == "F64" else half.make().float() for half in (r, theta)))
+    return unsplit(stem, *(half.make() if half.dtype == "F64" else half.make().float() for half in (r, theta)))
 
 
 def _faults(header: files.Header, part: Part) -> dict[str, str]:

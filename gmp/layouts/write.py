@@ -40,6 +40,7 @@ FOLDERS = {
     "huggingface_folder": ("model.safetensors", "config.json", configs.huggingface),
     "open_clip_folder": ("open_clip_model.safetensors", "open_clip_config.json", configs.open_clip),
 }
+WITH_REGISTERS = ("openai", "gmp")  # layouts whose programs know a vision tower's registers and gates
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "keep": None}
 
 
@@ -110,6 +111,11 @@ def _write(
     if layout == "huggingface_folder" and config["text"]["end_of_text"] == 2:
         raise InputError(
             f"cannot write {name}: for an end-of-text of 2, transformers takes the largest id of a caption"
+        )
+    if canonical.REGISTERS in state and layout not in WITH_REGISTERS:
+        raise InputError(
+            f"cannot write {name}: layout {layout} has no place for a vision tower's registers; write the whole CLIP "
+            f"as {' or '.join(WITH_REGISTERS)}, or the text encoder alone"
         )
     if problems := _unwritable(state, towers, config):
         raise InputError(f"cannot write {name}: {'; '.join(problems)}")
@@ -198,7 +204,10 @@ def _unwritable(
         blocks = {number for stack, number, _ in inside if stack == canonical.STACK[tower]}
         if gaps := set(range(max(blocks, default=0) + 1)) - blocks:
             problems.append(f"blocks are missing from the {NAMES[tower]}: {some(map(str, gaps))}")
-        wanted = in_radius_and_direction(canonical.expected(tower, blocks), state.__contains__)
+        wanted = canonical.expected(tower, blocks)
+        if tower == "vision":
+            wanted |= canonical.registers(state.__contains__)
+        wanted = in_radius_and_direction(wanted, state.__contains__)
         shapes = {key: tuple(state[key].shape) for key in wanted.keys() & state.keys()}
         sizes, contradictions = canonical.sizes_of(tower, wanted, shapes)
         problems += contradictions
@@ -206,6 +215,12 @@ def _unwritable(
             problems.append(
                 f"the config says width {config[tower]['width']} and {config[tower]['layers']} layers, "
                 f"the {NAMES[tower]} has width {sizes.get('width')} and {len(blocks)} layers"
+            )
+        given = sizes.get("registers", 0), canonical.gate_count(wanted)
+        if tower == "vision" and given != (config[tower]["registers"], config[tower]["gates"]):
+            problems.append(
+                f"the config says {config[tower]['registers']} registers and {config[tower]['gates']} gates, the "
+                f"{NAMES[tower]} has {given[0]} and {given[1]}"
             )
         names |= wanted
     lent = canonical.LENT if towers == ("text",) else ()
