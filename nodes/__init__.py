@@ -6,7 +6,8 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import host, routes
 from .compare import CompareCLIPs, InspectGmP
-from .dataset import CaptionDataset, DatasetFromLists
+from .dataset import CaptionDataset, DatasetFromLists, MixDatasets, TarFileDataset
+from .dataset_report import DatasetReport
 from .demo import DemoWorld
 from .diagnose import Diagnose
 from .inspect import InspectFile
@@ -25,6 +26,9 @@ NODES: list[type[io.ComfyNode]] = [
     ReassembleCLIP,
     CaptionDataset,
     DatasetFromLists,
+    MixDatasets,
+    TarFileDataset,
+    DatasetReport,
     Repair,
     RepairedTextEncoder,
     ApplyToCLIP,

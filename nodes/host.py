@@ -25,6 +25,7 @@ from comfy.cli_args import args
 from torch import Tensor
 
 from ..gmp.clip import TextConfig, text_config_from
+from ..gmp.data.captions import PICTURE_SUFFIXES
 from ..gmp.errors import InputError
 from ..gmp.features import state_key
 from ..gmp.files.folder import CONFIGS, has_config
@@ -145,10 +146,18 @@ def input_folders() -> list[str]:
     return folder_paths.get_input_subfolders() or [NOTHING]
 
 
-def input_files(suffix: str) -> list[str]:
-    """Files below the input folder, as paths relative to it."""
-    root = Path(folder_paths.get_input_directory())
-    return sorted(path.relative_to(root).as_posix() for path in root.rglob(f"*{suffix}") if path.is_file())
+def input_files(*suffixes: str) -> list[str]:
+    """Files below the input folder with one of these endings, as paths relative to it.
+
+    One that is called like a picture beside it is that picture's alone: a data set may have thousands.
+    """
+    root = folder_paths.get_input_directory()
+    found = []
+    for folder, _, names in os.walk(root):
+        pictures = {os.path.splitext(name)[0] for name in names if name.lower().endswith(PICTURE_SUFFIXES)}
+        files = [name for name in names if name.lower().endswith(suffixes)]
+        found += [os.path.join(folder, name) for name in files if os.path.splitext(name)[0] not in pictures]
+    return sorted(Path(path).relative_to(root).as_posix() for path in found)
 
 
 def input_path(name: str) -> Path:
@@ -162,6 +171,11 @@ def input_path(name: str) -> Path:
 
 def runs_folder() -> Path:
     return Path(folder_paths.get_output_directory()) / "gmp_runs"
+
+
+def reports_folder() -> Path:
+    """Reports of data sets."""
+    return Path(folder_paths.get_output_directory()) / "gmp_datasets"
 
 
 def cache_folder() -> Path:

@@ -9,17 +9,31 @@ from comfy_api.latest import io
 from ..gmp.clip import CLIPConfig
 from ..gmp.config import BEST_BY, NEGATIVES, PRECISIONS, TRAIN, Anchor, RepairConfig
 from ..gmp.data.captions import Index
+from ..gmp.data.tars import Tars
 from ..gmp.events import finish
-from ..gmp.features import content_keys
 from ..gmp.memory import estimate
 from ..gmp.optim import STATES
+from ..gmp.presets import DEFAULT, presets
+from ..gmp.presets import preset as known_preset
 from ..gmp.run import Inputs, check_anchors, describe_run, repair, run_id
+from ..gmp.settings import over, plain, read_toml
 from ..gmp.trainer import precision_of
+from ..gmp.training_data import picture_keys
 from ..gmp.verdict import REPAIR_TARGETS
 from . import host, routes, runs
-from .sockets import CATEGORY, ClipParts, Dataset, ReassembledCLIP, Run, RunHandle
+from .sockets import CATEGORY, ClipParts, Dataset, ReassembledCLIP, Run, RunHandle, TarDataset
 
 TARGETS = {words: point for point, words in REPAIR_TARGETS.items()}
+# Presets set these inputs; `nodes/routes.py` tells the page their values.
+WEIGHTS = {
+    "anchor_weight": ("original", "dataset"),
+    "broken_weight": ("broken", "dataset"),
+    "concept_weight": ("broken", "concepts"),
+}
+SET = (
+    *("train", "epochs", "batch", "accumulate", "smoothing", "warmup", "precision", "held_out", "save_every", "keep"),
+    *("checkpointing", "measure_every", "best_by", "patience", "negatives", "optimizer_state"),
+)
 _last: dict[str, str] = {}  # node id -> the run that it gave last
 _given: dict[str, str] = {}  # node id -> its last fingerprint
 
@@ -43,7 +57,16 @@ class Repair(io.ComfyNode):
             ],
             inputs=[
                 ReassembledCLIP.Input("gmp_clip", tooltip="The CLIP to repair, from Reassemble CLIP."),
-                Dataset.Input("dataset", tooltip="Captioned pictures."),
+                io.MultiType.Input(
+                    "dataset", [Dataset, TarDataset], tooltip="Captioned pictures, in a folder or in tars."
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=list(presets()),
+                    default=DEFAULT,
+                    tooltip="A recipe by what broke. Choosing one sets the values below, which count; what has no "
+                    "input here, such as the optimizer, is the preset's. The panel lists when to use which.",
+                ),
                 io.Combo.Input(
                     "target",
                     options=list(TARGETS),
@@ -74,7 +97,7 @@ class Repair(io.ComfyNode):
                     default=0.0,
                     min=0.0,
                     max=0.1,
-                    step=1e-6,
+                    step=1e-8,  # the page rounds to it
                     round=False,
                     tooltip="Learning rate. 0 chooses by the encoder's width: 7e-6 for clip_l, 2.5e-6 for clip_g.",
                 ),
@@ -234,8 +257,9 @@ class Repair(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Which pictures a caption tells its own from. batch: those of its step. all: all training "
-                    "pictures, by their features; needs train = text, and takes time where there are very many. Equal "
-                    "pictures or captions are never each other's negatives.",
+                    "pictures, by their features; needs train = text, and takes time where there are very many. pass: "
+                    "only those of its forward pass, as the original scripts accumulate. Equal pictures or captions "
+                    "are never each other's negatives.",
                 ),
                 io.Combo.Input(
                     "optimizer_state",
@@ -246,6 +270,33 @@ class Repair(io.ComfyNode):
                     tooltip="What AdamW's two moments are kept in. fp32: 8 bytes per weight. bf16: half of that, "
                     "rounded at random. 8bit: a quarter, needs torchao or bitsandbytes. Checkpoints become smaller "
                     "with it.",
+                ),
+                io.String.Input(
+                    "concepts",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="Captions of what the fine-tune taught, one per line; pictures are not needed. On these "
+                    "the encoder is held to what it is now, so that the cure does not take back what was taught.",
+                ),
+                io.Float.Input(
+                    "concept_weight",
+                    default=0.3,
+                    min=0.0,
+                    max=100.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How strongly it is held on the concepts. 0 is off.",
+                ),
+                io.String.Input(
+                    "settings",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Any other setting as TOML, over preset and inputs: ema = 0.999, or [captions] and below "
+                    "it shuffle = true. `python -m gmp presets sdxl-repair` lists all, each with a sentence.",
                 ),
             ],
             outputs=[
@@ -274,7 +325,8 @@ class Repair(io.ComfyNode):
     def execute(
         cls,
         gmp_clip: ClipParts,
-        dataset: Index,
+        dataset: Index | Tars,
+        preset: str,
         target: str,
         anchor_weight: float,
         epochs: int,
@@ -298,35 +350,45 @@ class Repair(io.ComfyNode):
         patience: int = 0,
         negatives: str = "batch",
         optimizer_state: str = "fp32",
+        concepts: str = "",
+        concept_weight: float = 0.3,
+        settings: str = "",
     ) -> io.NodeOutput:
-        weights = {"original": anchor_weight, "broken": broken_weight}
-        config = RepairConfig(
-            train=train,
-            epochs=epochs,
-            batch=batch,
-            accumulate=accumulate,
-            lr=lr or None,
-            smoothing=smoothing,
-            warmup=warmup,
-            anchors=tuple(Anchor(teacher, TARGETS[target], weight) for teacher, weight in weights.items() if weight),
-            precision=precision,
-            held_out=held_out,
-            save_every=save_every,
-            keep=keep,
-            seed=seed,
-            checkpointing=checkpointing,
-            measure_every=measure_every,
-            best_by=best_by,
-            patience=patience,
-            negatives=negatives,
-            optimizer_state=optimizer_state,
+        held = {"original": anchor_weight, "broken": broken_weight}
+        anchors = [Anchor(teacher, TARGETS[target], weight) for teacher, weight in held.items() if weight]
+        captions = tuple(dict.fromkeys(line.strip() for line in concepts.splitlines() if line.strip()))
+        if concept_weight and captions:
+            anchors.append(Anchor("broken", TARGETS[target], concept_weight, captions="concepts"))
+        values = known_preset(preset).config.to_json() | {
+            "train": train,
+            "epochs": epochs,
+            "batch": batch,
+            "accumulate": accumulate,
+            "lr": lr or None,
+            "smoothing": smoothing,
+            "warmup": warmup,
+            "anchors": plain(tuple(anchors)),
+            "precision": precision,
+            "held_out": held_out,
+            "save_every": save_every,
+            "keep": keep,
+            "seed": seed,
+            "checkpointing": checkpointing,
+            "measure_every": measure_every,
+            "best_by": best_by,
+            "patience": patience,
+            "negatives": negatives,
+            "optimizer_state": optimizer_state,
+        }
+        config = RepairConfig.from_json(
+            over(values, read_toml(settings, "the text of `settings`")), "the configuration of GmP Repair"
         )
         text = gmp_clip.text
         device = host.device()
         computed = precision_of(precision, device)
         check_anchors(text, gmp_clip.vision, gmp_clip.original, config)
         tokenize = host.tokenizer(text.source.member, text.config.context_length)
-        inputs = Inputs(text, gmp_clip.vision, gmp_clip.original, dataset, tokenize)
+        inputs = Inputs(text, gmp_clip.vision, gmp_clip.original, dataset, tokenize, captions)
         cache = host.cache_folder()
         progress = host.Progress()
         keys = _keys(dataset, cache, progress)
@@ -361,6 +423,15 @@ class Repair(io.ComfyNode):
         return routes.with_text(cls, "\n".join(words), handle)
 
 
+def inputs_of(config: RepairConfig) -> dict[str, object]:
+    """What the node's inputs are set to by a preset; the target stays where it has no anchor."""
+    weights = {(anchor.teacher, anchor.captions): anchor.weight for anchor in config.anchors}
+    found = {name: getattr(config, name) for name in SET} | {"lr": config.lr or 0.0}
+    found |= {name: weights.get(place, 0.0) for name, place in WEIGHTS.items()}
+    target = [REPAIR_TARGETS[anchor.read_point] for anchor in config.anchors[:1]]
+    return found | ({"target": target[0]} if target else {})
+
+
 def _ancestors(prompt: dict[str, dict], node: str) -> dict[str, dict]:
     """The part of a prompt that a node needs, with the node."""
     kept: dict[str, dict] = {}
@@ -374,7 +445,6 @@ def _ancestors(prompt: dict[str, dict], node: str) -> dict[str, dict]:
     return kept
 
 
-def _keys(dataset: Index, cache: Path, progress: host.Progress) -> list[str]:
-    """The hash of every picture; quick for those that have been hashed before."""
-    names = [picture.path for picture in dataset.pictures]
-    return finish(content_keys(dataset.root, names, cache), progress.hear)
+def _keys(dataset: Index | Tars, cache: Path, progress: host.Progress) -> list[str]:
+    """The hash of every picture; quick for those that have been hashed before. None of tars."""
+    return finish(picture_keys(dataset, cache), progress.hear)

@@ -27,12 +27,12 @@ def _find(run: RunHandle, which: str, step: int) -> Path | None:
     if which == "step":
         for checkpoint in saved:
             if checkpoint.step == step:
-                return checkpoint.path("model.safetensors")
+                return checkpoint.given()
         there = ", ".join(str(checkpoint.step) for checkpoint in saved) or "none yet"
         raise InputError(f"The run {run.id} keeps no step {step}; it has {there}. Set keep higher to have more.")
     if (run.folder / "result.json").exists():
         return run.folder / RESULT
-    return saved[-1].path("model.safetensors") if saved else None
+    return saved[-1].given() if saved else None
 
 
 def _read(run: RunHandle, which: str, step: int) -> TowerFile | None:

@@ -24,6 +24,7 @@ from server import PromptServer
 
 from ..gmp.errors import InputError
 from ..gmp.events import Event
+from ..gmp.presets import presets
 from ..gmp.report import report
 from ..gmp.watch import checkpoints, config
 from . import files, host, runs
@@ -49,6 +50,7 @@ def register() -> None:
     table.get("/gmp/runs/{id}/report")(_report)
     table.get("/gmp/runs/{id}/prompt")(_prompt)
     table.post("/gmp/runs/{id}/command")(_command)
+    table.get("/gmp/presets")(_presets)
     table.post("/gmp/watch")(_watch)
     table.get("/gmp/file")(_file)
     table.get("/gmp/plotly.js")(_plotly)
@@ -305,6 +307,13 @@ async def _watch(request: web.Request) -> web.Response:
         raise web.HTTPBadRequest(text="client is the id of a websocket")
     _announcer.lease(body["client"])
     return await _json(_newest)
+
+
+async def _presets(request: web.Request) -> web.Response:
+    from .repair import inputs_of
+
+    found = [{"name": one.name, "when": one.when, "inputs": inputs_of(one.config)} for one in presets().values()]
+    return await _json(lambda: {"presets": found})
 
 
 async def _file(request: web.Request) -> web.Response:

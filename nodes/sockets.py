@@ -29,6 +29,7 @@ TextEncoder = io.Custom("GMP_TEXT_ENCODER")  # gmp.layouts.TowerFile
 VisionTower = io.Custom("GMP_VISION_TOWER")  # VisionPart
 ReassembledCLIP = io.Custom("GMP_CLIP")  # ClipParts
 Dataset = io.Custom("GMP_DATASET")  # gmp.data.captions.Index
+TarDataset = io.Custom("GMP_TARS")  # gmp.data.tars.Tars
 Run = io.Custom("GMP_RUN")  # RunHandle
 
 

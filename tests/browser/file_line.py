@@ -87,4 +87,5 @@ def main(port: str, graph: str, folder: str, canvas: str, pictures: str) -> None
     print(json.dumps(seen | {"errors": errors}))
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -14,6 +14,8 @@ from browse import opened, show
 TEXT = """[...document.querySelectorAll('.gmp-widget')].filter(one => one.getClientRects().length)
           .map(one => ['.gmp-state', '.gmp-detail'].map(part => one.querySelector(part).textContent).join(': '))
           .join('\\n')"""
+SHOWN = """Object.fromEntries(window.app.graph._nodes.map(node => [
+             node.type, node.widgets?.find(widget => widget.name === '$$node-text-preview')?.value ?? '']))"""
 HISTORY = "fetch('/history').then(answer => answer.json()).then(all => Object.keys(all).length)"
 
 
@@ -38,7 +40,8 @@ def main(port: str, workflow: str, canvas: str, pictures: str) -> None:
         page.wait_for_timeout(500)
         texts.append(page.evaluate(TEXT))
         page.screenshot(path=f"{pictures}_finished.png")
-    print(json.dumps({"queued": queued, "missing": missing, "texts": texts, "errors": errors}))
+        shown = page.evaluate(SHOWN)
+    print(json.dumps({"queued": queued, "missing": missing, "texts": texts, "shown": shown, "errors": errors}))
 
 
 main(*sys.argv[1:])

@@ -74,13 +74,13 @@ def charts(page: Page, pictures: str) -> dict[str, object]:
             page.locator(".gmp-sidebar").screenshot(path=f"{pictures}_numbers.png")
         pane.locator(".gmp-as-numbers").click()
         seen[kind] = {"lines": lines, "head": head, "outside": outside}
-    page.locator(".gmp-config summary").click()
-    page.locator(".gmp-config tbody tr").first.wait_for()
-    seen["settings"] = page.locator(".gmp-config tbody tr").all_inner_texts()
+    page.locator(".gmp-config:not(.gmp-recipes) summary").click()
+    page.locator(".gmp-config:not(.gmp-recipes) tbody tr").first.wait_for()
+    seen["settings"] = page.locator(".gmp-config:not(.gmp-recipes) tbody tr").all_inner_texts()
     seen["outside"] = page.evaluate(OUTSIDE)
-    page.locator(".gmp-config summary").evaluate("one => one.scrollIntoView()")
+    page.locator(".gmp-config:not(.gmp-recipes) summary").evaluate("one => one.scrollIntoView()")
     page.screenshot(path=f"{pictures}_settings_of_the_run.png")
-    page.locator(".gmp-config summary").click()
+    page.locator(".gmp-config:not(.gmp-recipes) summary").click()
     pane.locator("select").first.select_option("loss")
     return seen
 

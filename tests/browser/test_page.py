@@ -18,6 +18,7 @@ from tests.host.conftest import PYTHON, host  # noqa: F401
 from tests.host.graphs import ROOT
 
 CHROMIUM = Path("/usr/bin/chromium")
+REPAIR = ("preset", "target", "anchor_weight", "epochs", "batch", "lr", "seed", "wait")  # its first widgets
 NAME = "<img src=x onerror=window.gmpRan=1>.safetensors"
 
 
@@ -46,15 +47,21 @@ def screenshots(tmp_path: Path) -> Path:
     return Path(os.environ.get("GMP_SCREENSHOTS", tmp_path))
 
 
+def change(workflow: dict, **given: object) -> None:
+    """Sets widgets of the GmP Repair nodes in a saved workflow, by name."""
+    for node in workflow["nodes"]:
+        if node["type"] == "GmPRepair":
+            for name, value in given.items():
+                node["widgets_values"][REPAIR.index(name)] = value
+
+
 @pytest.mark.parametrize("canvas", ["classic", "nodes2"])
 def test_the_demo_runs_in_the_page_and_tells_its_steps(host, canvas, tmp_path):  # noqa: F811
     workflow = json.loads((ROOT / "workflows" / "demo_repair.json").read_text(encoding="utf-8"))
     for node in workflow["nodes"]:
-        values = node["widgets_values"]
         if node["type"] == "GmPDemoWorld":
-            values[0] = 2048
-        if node["type"] == "GmPRepair":
-            values[5] = ["classic", "nodes2"].index(canvas)  # seed: a run for each canvas
+            node["widgets_values"][0] = 2048
+    change(workflow, seed=["classic", "nodes2"].index(canvas))  # a run for each canvas
     graph = tmp_path / "demo.json"
     graph.write_text(json.dumps(workflow))
     folder = screenshots(tmp_path)

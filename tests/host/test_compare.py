@@ -119,8 +119,8 @@ def test_a_run_is_drawn_over_its_steps(host, nodes):
         "world": node("GmPDemoWorld", pictures=512),
         "joined": node("GmPReassembleCLIP", text_encoder=["world", 0], vision_tower=["world", 1]),
         "repair": node(
-            "GmPRepair", gmp_clip=["joined", 0], dataset=["world", 2], target="SD1 (last)", anchor_weight=0.3, epochs=2,
-            batch=128, lr=0.0, seed=77, wait=True,
+            "GmPRepair", gmp_clip=["joined", 0], dataset=["world", 2], preset="sd15", target="SD1 (last)",
+            anchor_weight=0.3, epochs=2, batch=128, lr=0.0, seed=77, wait=True,
         ),
     }  # fmt: skip
     steps = {"original": ["world", 1], "broken": ["world", 0], "picture": "recall and drift over steps"}

@@ -13,7 +13,7 @@ from tests.host.graphs import ROOT, WORKFLOWS, to_prompt
 # Optional inputs that are not for experts: they came after the first saved workflows, or may be left open.
 PLAIN = {
     "original", "vision_tower", "broken", "checkpoint", "rank", "save_in", "text_encoder", "repaired",
-    "gmp_clip", "dataset", "run",
+    "gmp_clip", "dataset", "run", "concepts", "dataset_3", "weight_3", "dataset_4", "weight_4",
 }  # fmt: skip
 
 
@@ -23,7 +23,7 @@ def ours(nodes: dict) -> dict:
 
 
 def test_every_node_input_and_output_is_explained(ours):
-    assert len(ours) == 18
+    assert len(ours) == 21
     for name, info in ours.items():
         assert info["display_name"] and info["description"] and info["search_aliases"], name
         assert info["category"] == "model/text encoder repair"
@@ -107,6 +107,7 @@ def test_saved_prompts_stay_valid(ours):
         "GmPLoadVisionTower": ["file", "heads", "activation"],
         "GmPReassembleCLIP": ["text_encoder", "vision_tower"],
         "GmPSaveTextEncoder": ["text_encoder", "filename_prefix", "dtype", "layout"],
+        "GmPCaptionDataset": ["folder", "captions", "missing_ok"],
     }
     for name, inputs in first.items():
         order = ours[name]["input_order"]

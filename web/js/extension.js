@@ -7,6 +7,7 @@ import { addFileLine } from "./file_line.js";
 import { ask as askFile } from "./lookup.js";
 import { after } from "./nodes.js";
 import { openPanel } from "./panel.js";
+import { addPreset, presets } from "./presets.js";
 import { runActions } from "./run_actions.js";
 import { addRunWidget, runOf } from "./run_widget.js";
 import { ask } from "./server.js";
@@ -22,17 +23,21 @@ const ROLES = { GmPLoadTextEncoder: "text", GmPLoadVisionTower: "vision", GmPIns
 /** Node -> width and height that its text needs; for those that are added, since a workflow brings its own sizes. */
 const SIZES = {
   GmPBlendTextEncoders: [380, 260],
+  GmPCaptionDataset: [400, 320],
   GmPCompareCLIPs: [400, 460],
+  GmPDatasetReport: [420, 480],
   GmPDiagnose: [400, 380],
   GmPInspectFile: [460, 340],
   GmPInspectGmP: [400, 340],
   GmPLoadTextEncoder: [340, 340],
   GmPLoadVisionTower: [340, 320],
   GmPMeasureCLIP: [420, 440],
+  GmPMixDatasets: [380, 420],
   GmPReassembleCLIP: [380, 260],
   GmPRepair: [400, 560],
   GmPSaveTextEncoder: [380, 420],
   GmPStrengthScan: [400, 420],
+  GmPTarDataset: [380, 200],
 };
 const SIDEBAR = "gmp-runs";
 const BOTTOM = "gmp-runs-wide";
@@ -83,6 +88,7 @@ const actions = runActions({
   open: (path) => window.open(api.apiURL(path), "_blank", "noopener"),
   changed: noteChange,
 });
+const known = presets(fetch);
 /** @type {import("./panel.js").Page} */
 const page = {
   store,
@@ -91,6 +97,7 @@ const page = {
   actions,
   smoothing: () => Number(setting(SMOOTHING, 0.9)),
   plotlyUrl: api.apiURL("/gmp/plotly.js"),
+  recipes: { t, known, graph: () => app.rootGraph ?? app.graph, toast },
 };
 
 function openSidebar() {
@@ -135,6 +142,7 @@ function runWidget(node) {
   if (node.comfyClass !== "GmPRepair") return;
   const policy = node.widgets?.find((widget) => widget.name === "while_generating");
   if (policy) policy.value = setting(WHILE_GENERATING, policy.value); // a workflow that is loaded sets its own behind this
+  addPreset(node, known, noteChange);
   const shown = addRunWidget(node, page, {
     open: openSidebar,
     wheel: (event) => app.canvas.processMouseWheel(event),

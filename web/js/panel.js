@@ -3,6 +3,7 @@
 
 import { chartPane } from "./chart_pane.js";
 import { attribute, el, icon, keyed, write } from "./dom.js";
+import { presetList } from "./presets.js";
 import { progressBar, runView } from "./run_view.js";
 import { ICONS, pace, progress, state } from "./run_words.js";
 
@@ -10,7 +11,7 @@ import { ICONS, pace, progress, state } from "./run_words.js";
  * What views need of the page.
  *
  * @typedef {{store: import("./store.js").Store, t: import("./strings.js").Translate, language: () => string,
- *            smoothing: () => number, plotlyUrl: string,
+ *            smoothing: () => number, plotlyUrl: string, recipes: Parameters<typeof presetList>[0],
  *            actions: ReturnType<typeof import("./run_actions.js").runActions>}} Page
  */
 
@@ -109,7 +110,8 @@ function runList(page) {
     (run) => row(run, page),
   );
   const empty = el("p", { class: "gmp-note" });
-  const element = el("nav", { class: "gmp-runs", "aria-label": t("list.title") }, empty, rows);
+  const recipes = presetList(page.recipes);
+  const element = el("nav", { class: "gmp-runs", "aria-label": t("list.title") }, empty, rows, recipes.element);
   function update() {
     const all = [...store.runs.values()];
     fill(all);

@@ -37,8 +37,13 @@ function source(node) {
   return undefined;
 }
 
-/** Sets a widget as a person does, so that what hangs on it follows. */
-function set(node, name, value) {
+/** The GmP Repair nodes of a graph. @param {any} graph with subgraphs in it @returns {any[]} */
+export function repairs(graph) {
+  return nodes(graph).filter((node) => node.type === "GmPRepair");
+}
+
+/** Sets a widget as a person does, so that what hangs on it follows. @param {any} node @param {string} name */
+export function set(node, name, value) {
   const widget = node.widgets?.find((widget) => widget.name === name);
   if (!widget) return;
   widget.value = value;
