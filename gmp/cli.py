@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: this Python ({sys.executable}) has no {error.name}; take the one in .venv that", file=sys.stderr)
         print("`python dev.py demo` makes, or install torch and what requirements.txt lists", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read it has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return options.code
     except OSError as error:
         print(f"error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""), file=sys.stderr)
         return 2

@@ -311,6 +311,11 @@ def _contradictions(config: RepairConfig) -> list[str]:
         problems.append("negatives is all, which needs a locked vision tower: set train to text or negatives to batch")
     if config.negatives == "all" and (config.loss != "infonce" or config.entropy):
         problems.append("negatives is all, which only infonce without entropy computes: set negatives to batch")
+    if not config.captions.separator and (config.captions.shuffle or config.captions.dropout):
+        problems.append("captions.separator is empty; give what stands between tags, such as ','")
+    for number, one in enumerate(config.geometric):
+        if one.first > one.last and (one.first < 0) == (one.last < 0):
+            problems.append(f"geometric[{number}] goes from block {one.first} to {one.last}: give the first one first")
     if config.loss == "siglip" and (config.smoothing or config.entropy):
         problems.append("loss is siglip, which has no softmax: set smoothing and entropy to 0")
     if config.optimizer != "adamw" and config.optimizer_state != "fp32":

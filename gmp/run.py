@@ -38,6 +38,7 @@ from .checkpoint import CHECKPOINTS
 from .clip import CLIP, TextTower
 from .config import RepairConfig, holding
 from .control import BOX, Control
+from .data.policy import check
 from .distributed import ALONE, Group
 from .errors import InputError
 from .events import Event, Result, finish
@@ -196,8 +197,11 @@ class _OfAnotherRun(InputError):
     """The folder is not this run's: nothing of this one may be noted in it."""
 
 
-def _check_same(folder: Path, description: dict[str, object]) -> None:
-    """Raises InputError when the folder belongs to another run, naming what differs."""
+def _check_same(folder: Path, description: dict[str, object], begun: bool) -> None:
+    """Raises InputError when the folder belongs to another run, naming what differs.
+
+    begun: whether there is work in it; otherwise other settings may take its place.
+    """
     path = folder / "run.json"
     if not path.exists():
         return
@@ -206,18 +210,31 @@ def _check_same(folder: Path, description: dict[str, object]) -> None:
         config = dict(known["config"])
     except (ValueError, KeyError, TypeError):
         raise _OfAnotherRun(f"{path} is damaged; choose another folder") from None
-    differing = [
-        f"{name} was {config.get(name)!r}, is {value!r}"
-        for name, value in description["config"].items()
-        if config.get(name) != value
-    ]
+    differing = list(_differing(config, description["config"]))
     differing += [
         f"another {name} was used" for name in description if name != "config" and known.get(name) != description[name]
     ]
-    if differing:
+    if differing and begun:
         raise _OfAnotherRun(
             f"{folder} holds another run: {'; '.join(differing)}. Choose another folder, or repeat the run's settings"
         )
+
+
+def _differing(before: dict[str, object], now: dict[str, object], where: str = "") -> Iterator[str]:
+    """A clause for every setting that is another one."""
+    for name, value in now.items():
+        was = before.get(name)
+        if isinstance(was, dict) and isinstance(value, dict):
+            yield from _differing(was, value, f"{where}{name}.")
+        elif was != value:
+            yield f"{where}{name} was {was!r}, is {value!r}"
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a run has taken a step, saved anything, or is finished."""
+    if saved_step(folder) or is_done(folder):
+        return True
+    return any(True for _ in telemetry.read(folder, kinds=("step",)))
 
 
 def repair(
@@ -246,7 +263,7 @@ def repair(
     memory does not suffice.
     """
     idle = [str(anchor) for anchor in config.anchors if anchor not in holding(config, inputs.concepts).anchors]
-    notes = [f"no captions of concepts were given: {', '.join(idle)} does not hold"] if idle else []
+    notes = [f"no captions of concepts were given: {', '.join(idle)} is off"] if idle else []
     config = holding(config, inputs.concepts)
     if config.step_pairs < group.size:
         raise InputError(
@@ -288,8 +305,8 @@ def _note_failure(folder: Path, error: Exception) -> None:
     if isinstance(error, _OfAnotherRun):
         return
     with contextlib.suppress(OSError):
-        text = "".join(traceback.format_exception(error))
-        (folder / FAILURE).write_text(f"{str(error) or type(error).__name__}\n\n{text}", encoding="utf-8")
+        text = "" if isinstance(error, InputError) else "\n" + "".join(traceback.format_exception(error))
+        (folder / FAILURE).write_text(f"{str(error) or type(error).__name__}\n{text}", encoding="utf-8")
         if (folder / "run.json").exists():
             telemetry.append(folder, {"type": "failed", "error": str(error), "t": round(time.time(), 3)})
 
@@ -310,18 +327,20 @@ def _repair(
     if keys is None:
         return
     description = describe_run(inputs, keys, config)
-    _check_same(folder, description)
+    begun = _has_begun(folder)
+    _check_same(folder, description, begun)
     if is_done(folder):
         yield {"type": "done", "step": saved_step(folder), "resumed": True}
         return
     (folder / FAILURE).unlink(missing_ok=True)
     check_source(inputs.index, config)
+    check(config.captions, inputs.tokenize)
     check_anchors(inputs.text, inputs.vision, inputs.original, config)
     precision = precision_of(config.precision, device)
     joined = join(inputs.text, inputs.vision, inputs.original)
     with torch.device("meta"):
         set_up(CLIP(joined.config), config, torch.device("meta"))  # settings that this model cannot have
-    if not (folder / "run.json").exists():
+    if not begun:
         write_text(config.to_toml(), folder / "config.toml")
         write_json(description | {"gmp_version": __version__}, folder / "run.json")
     with line.Place(line.device_name(device), folder) as place:

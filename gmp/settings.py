@@ -64,7 +64,8 @@ class SettingsError(InputError):
 
     def __init__(self, name: str, problems: Sequence[str]):
         self.problems = tuple(problems)
-        super().__init__(f"{name} does not work: " + "; ".join(problems) + ".")
+        told = self.problems[0] if len(self.problems) == 1 else "".join(f"\n  {one}" for one in self.problems)
+        super().__init__(f"{name} does not work: {told}")
 
 
 def build(kind: type[Settings], values: Mapping[str, Any], name: str) -> Settings:
@@ -147,7 +148,7 @@ def _build(kind: type, values: Any, where: str, problems: list[str]) -> Any:
         return None
     hints = _hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    for key in values.keys() - fields.keys():
+    for key in [key for key in values if key not in fields]:
         near = difflib.get_close_matches(str(key), fields, 1)
         problems.append(f"{where}{key} is no setting{f'; did you mean {where}{near[0]}?' if near else ''}")
     made = {}
@@ -230,7 +231,7 @@ def _document(settings: Any, where: str) -> list[str]:
         if dataclasses.is_dataclass(value):
             tables += ["", *doc, f"[{path}]", *_document(value, f"{path}.")]
         elif isinstance(value, Mapping):
-            body = tomli_w.dumps(dict(value)).splitlines() or ["# none"]
+            body = tomli_w.dumps(dict(value)).rstrip("\n").split("\n") if value else ["# none"]
             tables += ["", *doc, f"[{path}]", *body]
         elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
             tables += ["", *doc]

@@ -6,7 +6,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
+from .data.captions import printable
 from .events import Event, finish
+
+MORE = ", … (all are in dataset.json)"
 
 
 def show(events: Iterator[Event], describe: Callable[[Event], str | None] = lambda event: None):
@@ -24,7 +27,8 @@ def show(events: Iterator[Event], describe: Callable[[Event], str | None] = lamb
             if stage != name:
                 if bar is not None:
                     bar.close()
-                bar, stage = tqdm(total=total, desc=name, file=sys.stderr, mininterval=0.5), name
+                before = max(0, done - 1)  # what was done in an earlier sitting says nothing of the pace
+                bar, stage = tqdm(total=total, initial=before, desc=name, file=sys.stderr, mininterval=0.5), name
             bar.update(done - bar.n)
             if name == "train":
                 bar.set_postfix_str(f"loss {event['loss']:.3f}", refresh=False)
@@ -47,10 +51,14 @@ def tell(event: Event) -> str | None:
         return "\n".join(lines + event["notes"])
     if kind == "dataset":
         broken = [f"{path} ({reason})" for path, reason in event["broken"]]
+        garbled = [f"{path} ({reason})" for path, reason in event.get("garbled", ())]
         left_out = {"not found": event["missing"], "without captions": event["uncaptioned"], "broken": broken}
+        left_out |= {"caption files that can't be read": garbled}
         counts = f"{event['training pictures']} pictures to train on, {event['held-out pictures']} held out"
+        visits = event.get("visits of pictures in an epoch", event["training pictures"])
+        counts += f"; an epoch visits them {visits} times" if visits != event["training pictures"] else ""
         listed = "".join(
-            f"\n{name}: {len(rows)}: {', '.join(rows[:5])}{', … (all are in dataset.json)' if len(rows) > 5 else ''}"
+            f"\n{name}: {len(rows)}: {printable(', '.join(rows[:5]))}{MORE if len(rows) > 5 else ''}"
             for name, rows in left_out.items()
             if rows
         )
@@ -87,7 +95,7 @@ def tell(event: Event) -> str | None:
 
 
 class Stop:
-    """Ctrl-C asks for a stop at the next step's boundary; a second one aborts.
+    """Ctrl-C, or SIGTERM, asks for a stop at the next step's boundary; a second one aborts.
 
     several: torchrun has started this process beside others. It passes every signal on, SIGTERM also when another one
     has died, and kills what does not end within half a minute: signals ask, however many come.
@@ -96,7 +104,7 @@ class Stop:
     def __init__(self, several: bool = False) -> None:
         self.asked = False
         self._several = several
-        self._signals = (signal.SIGINT, signal.SIGTERM) if several else (signal.SIGINT,)
+        self._signals = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what schedulers send
 
     def __enter__(self) -> Callable[[], bool]:
         self._before = {number: signal.signal(number, self._interrupt) for number in self._signals}

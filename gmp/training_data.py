@@ -133,7 +133,8 @@ def check_size(pictures: int, config: RepairConfig) -> None:
     if pictures - held_out < config.step_pairs:
         raise InputError(
             f"{pictures} pictures, of which {held_out} are held out, are fewer than one step of {config.step_pairs} "
-            f"pairs (batch {config.batch} × accumulate {config.accumulate}); add pictures, or make the batch smaller"
+            f"pairs (batch {config.batch} × accumulate {config.accumulate}); add pictures, or make batch or accumulate "
+            "smaller"
         )
 
 

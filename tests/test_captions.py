@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from gmp.data import captions
-from gmp.data.captions import Index, Picture, check_pictures, content_key, read_index, split
+from gmp.data.captions import Index, Picture, check_pictures, content_key, printable, read_index, split
 from gmp.errors import InputError
 from gmp.events import finish
 
@@ -207,6 +207,22 @@ def test_messages_can_be_printed_whatever_the_names(root, tmp_path):
     with pytest.raises(InputError) as error:
         read_index(root, write(tmp_path / "c.json", {"\ud800.png": ["x"], "../\ud800.png": [], "\ud800": []}))
     assert str(error.value).encode("utf-8").count(b"\\ud800") == 3
+
+
+def test_what_a_terminal_would_obey_is_printed_as_escapes():
+    assert printable("\x1b]0;title\x07 \x9b2J\r\n\x7f\ud800") == r"\x1b]0;title\x07 \x9b2J\r\n\x7f\ud800"
+    assert printable("a\u202eb\u2028c") == r"a\u202eb\u2028c"
+    kept = "caf\u00e9\u00a0\u732b \U0001f468\u200d\U0001f469 a\\b"
+    assert printable(kept) == kept
+
+
+def test_reports_hold_no_control_characters_whatever_files_are_called(root, tmp_path):
+    names = {"gone\x1b[2J\n.jpg": ["x"], "a.jpg": ["y"]}
+    report = read_index(root, write(tmp_path / "c.json", names), missing_ok=True).report
+    assert r"not found: 1: gone\x1b[2J\n.jpg" in str(report).split("\n")
+    with pytest.raises(InputError) as error:
+        read_index(root, tmp_path / "c.json")
+    assert "\x1b" not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_pictures(root, tmp_path):

@@ -67,7 +67,8 @@ def complaint(*arguments):
     done = gmp(*arguments, code=2)
     lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in done.stderr
-    return lines[0]
+    told = done.stderr.replace("\r", "\n")
+    return told[told.index("error: ") :]
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +339,12 @@ def test_bad_input_is_met_with_one_sentence(world, tmp_path):
     both = complaint("repair", *TOWERS, *pictures, *run, "--epochs", 0, "--smoothing", 3)
     assert "epochs is 0" in both and "smoothing is 3" in both
     assert "not of the form" in complaint("repair", *TOWERS, *pictures, *run, "--anchor", "penultimate")
+    once = complaint("repair", *TOWERS, *pictures, *run, "--anchor", "broken@concepts:last=1")
+    assert "give them as --concepts FILE" in once
+    (tmp_path / "concepts.json").write_text('{"a.png": ["x"]}')
+    assert "look like JSON" in complaint("repair", *TOWERS, *pictures, *run, "--concepts", tmp_path / "concepts.json")
+    assert "is not TOML" in complaint("repair", *TOWERS, *pictures, *run, "--set", 'captions.prefix="')
+    assert "--preset" in complaint("repair", *TOWERS, *pictures, *run, "--set", "preset=gentle")
     assert "contradict" in complaint("repair", *TOWERS, *pictures, *run, "--anchor", "pooled=1", "--no-anchor")
     assert "there is cpu" in complaint("repair", *TOWERS, *pictures, *run, "--device", "nonsense")
     assert "match no parameter" in complaint("repair", *TOWERS, *pictures, *run, "--rate", "nothing*=0", "--batch", 50)

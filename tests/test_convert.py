@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,14 @@ def test_repeats_are_kept_by_kohya_folders_and_said_to_be_lost_by_all_others(kin
     assert made.lost == (() if kind == "kohya" else (lost,))
 
 
+def test_single_visits_become_what_the_folders_of_kohya_say(tmp_path):
+    root = pictures(tmp_path / "images", "3_foo/a.jpg", "3_foo/b.jpg", "5_bar/c.jpg", "1_x/d.jpg")
+    file = write(tmp_path / "c.json", {path.relative_to(root).as_posix(): ["x"] for path in root.rglob("*.jpg")})
+    made = convert(file, "kohya", tmp_path / "out", images=root)
+    assert made.lost == ("repeats: those of 3 pictures are 1 and become what the folders' names say (3_foo, 5_bar)",)
+    assert read(tmp_path / "out", images=root).repeats == (1.0, 3.0, 3.0, 5.0)
+
+
 def test_pictures_that_share_a_text_file_are_counted(tmp_path):
     root = pictures(tmp_path / "images", "a.jpg", "a.png", "b.jpg", "b.png")
     file = write(tmp_path / "c.json", {"a.jpg": ["one"], "a.png": ["two"], "b.jpg": ["x"], "b.png": ["x"]})
@@ -262,12 +271,19 @@ def test_pictures_are_not_touched(root, labels):
         ("csv", "c.json", r"end in \.csv or \.tsv"),
         ("imagefolder", "captions.jsonl", r"called metadata\.jsonl"),
         ("text", "labels.json", "is a file"),
+        ("webdataset", "labels.json", r"labels\.json is a file; let the name of a tar end in \.tar"),
+        ("webdataset", "labels.json/w.tar", r"cannot be written: .*labels\.json is no folder"),
+        ("text", "labels.json/texts", "is no folder"),
+        ("csv", "labels.json/c.csv", "is no folder"),
+        ("webdataset", "folder.tar", "is a folder; give the name of a tar"),
         ("flickr", "x", "choose one of"),
     ],
 )
 def test_names_that_do_not_fit_a_kind_are_refused(kind, out, what, root, labels, tmp_path):
-    with pytest.raises(InputError, match=what):
-        convert(labels, kind, tmp_path / out, images=root)
+    (tmp_path / "folder.tar").mkdir()
+    for force in (False, True):
+        with pytest.raises(InputError, match=what):
+            convert(labels, kind, tmp_path / out, images=root, force=force)
 
 
 # ---- the original scripts' converters, on their own examples --------------------------------------------------------
@@ -386,6 +402,35 @@ def test_the_command_shows_kind_columns_counts_and_the_first_pairs(root, tmp_pat
     assert all(kind in out for kind in KINDS)
 
 
+def test_the_command_prints_no_control_character_of_a_caption_or_a_name(root, tmp_path, capsys):
+    file = write(tmp_path / "c.json", {"a.jpg": ["a\x1b[2J cat\nand \x9b more"], "gone\x1b.jpg": ["x"]})
+    words = (file, "--images", root, "--allow-missing")
+    for more in (("show",), ("convert", "--to", "csv", "--out", tmp_path / "o.csv")):
+        code, out, err = run(capsys, "captions", more[0], *words, *more[1:])
+        assert code == 0 and not [c for c in out + err if c < " " and c != "\n" or c == "\x9b"]
+    _, out, _ = run(capsys, "captions", "show", *words)
+    assert r"    a\x1b[2J cat\nand \x9b more" in out.split("\n") and r"gone\x1b.jpg" in out
+
+
+def test_the_command_refuses_to_show_less_than_no_picture_and_says_what_columns_are_not_used(
+    root, labels, tmp_path, capsys
+):
+    code, _, err = run(capsys, "captions", "show", labels, "--images", root, "--first", -1)
+    assert code == 2 and "--first -1: give how many" in err
+    code, out, _ = run(capsys, "captions", "show", labels, "--images", root, "--first", 0, "--columns", "a,b")
+    assert code == 0 and "a.jpg" not in out and "columns a, b: not used" in out
+    tar = convert(labels, "webdataset", tmp_path / "w.tar", images=root).out
+    for more in (("show",), ("convert", "--to", "json", "--out", tmp_path / "again.json")):
+        _, out, _ = run(capsys, "captions", more[0], tar, *more[1:], "--columns", "a,b")
+        assert "columns a, b: not used, since captions of the kind webdataset have none" in out
+
+
+def test_what_was_converted_into_a_folder_of_texts_is_read_from_there(root, labels, tmp_path, capsys):
+    convert(labels, "text", tmp_path / "texts", images=root)
+    code, out, _ = run(capsys, "captions", "show", tmp_path / "texts", "--images", root)
+    assert code == 0 and "3 pictures with 5 captions" in out and "kind of captions: text" in out
+
+
 def test_captions_are_read_and_written_without_torch(root, labels, tmp_path):
     code = (
         "import sys; from gmp.data.convert import convert; "
@@ -416,10 +461,29 @@ def test_pictures_of_several_sources_are_read_by_the_commands_that_take_pictures
     with pytest.raises(InputError) as error:
         read_pictures(parser.parse_args(["--images", str(tmp_path / "no"), "--source", str(tmp_path / "none")]))
     assert len(str(error.value).split("\n")) == 2
+    with pytest.raises(InputError) as error:  # faults of writing come with those of reading
+        read_pictures(parser.parse_args(["--source", f"{other}=2000000", "--source", "foo:x", "--source", "no"]))
+    lines = str(error.value).split("\n")
+    assert [word in line for word, line in zip(("1,000,000", "foo is no kind", "folder no"), lines, strict=True)] == [
+        True,
+        True,
+        True,
+    ]
     with pytest.raises(InputError, match="are of --images"):
         read_pictures(parser.parse_args(["--captions", str(labels), "--source", str(other)]))
     with pytest.raises(InputError, match="folder as --images, or any place as --source"):
         read_pictures(parser.parse_args([]))
+
+
+def test_commands_tell_of_pictures_outside_of_kohyas_folders_without_control_characters(tmp_path):
+    from gmp.commands.towers import left_out
+
+    root = pictures(kohya_folder(tmp_path), "stray.png")
+    (line,) = left_out(read(root))[:1]
+    assert line.startswith("captions: 10_cat and 1_dog look like kohya's") and "stray.png lies outside" in line
+    index = read(root)
+    loud = replace(index, report=replace(index.report, notes=("\x1b[2J",), missing=("\x07",)))
+    assert left_out(loud)[0] == r"captions: \x1b[2J" and r"left out: not found: 1: \x07" in left_out(loud)
 
 
 def test_a_repair_takes_folders_or_tars_and_no_mixture(root, labels, tmp_path, capsys):

@@ -264,16 +264,58 @@ def test_broken_pictures_are_listed_and_do_not_stop_the_others(source, tmp_path)
         finish(write_crops(source, tmp_path / "none", "centre"))
 
 
+needs_links = pytest.mark.skipif(os.name == "nt", reason="links and named pipes take POSIX")
+
+
+@needs_links
+@pytest.mark.parametrize("what", ["crop", "augment"])
+def test_links_out_of_the_folder_and_what_is_no_file_are_left_out_and_told(source, tmp_path, capsys, what):
+    photo = (source / "a.png").read_bytes()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "private.png").write_bytes(photo)
+    (tmp_path / "outside" / "private.txt").write_text("not to be told")
+    links = {
+        "link.png": tmp_path / "outside" / "private.png",
+        "a.caption": tmp_path / "outside" / "private.txt",
+        "sub/up.png": "../../outside/private.png",
+        "nowhere.png": "gone.png",
+        "loop.png": "loop.png",
+        "linked": tmp_path / "outside",
+    }
+    for name, target in links.items():
+        (source / name).symlink_to(target)
+    (source / "inside.png").symlink_to("a.png")
+    (source / "folder.png").mkdir()
+    (source / "folder.png" / "in.png").write_bytes(photo)
+    os.mkfifo(source / "pipe.png")
+    os.mkfifo(source / "e.txt")  # would be waited for, if it were opened
+    out = tmp_path / "out"
+    code, found, told = run(capsys, "pictures", what, source, "--out", out, "--json")
+    assert code == 0 and found["written"] == 8 and not found["broken"]
+    assert found["linked"] == sorted(links) and found["no_files"] == ["e.txt", "folder.png", "pipe.png"]
+    assert f"links that were not followed: 6: {', '.join(sorted(links))}" in told and "pipe.png" in told
+    assert sorted(contents(out)) == sorted([MARK, "a.txt", "sub/b.caption", "inside.png", "folder.png/in.png", *NAMES])
+
+
+@needs_links
+def test_a_folder_of_links_out_alone_is_told_as_such(tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a.png").symlink_to("../outside.png")
+    with pytest.raises(InputError, match="no pictures.*links that were not followed: a.png"):
+        finish(write_crops(tmp_path / "links", tmp_path / "out", "centre"))
+
+
 @pytest.mark.parametrize(
     ("work", "told"),
     [
         (lambda s, o: write_augmented(s, o, 0, FLIP), "at least 1"),
+        (lambda s, o: write_augmented(s, o, 1001, FLIP), "at most 1000"),
         (lambda s, o: write_augmented(s, o, 1, Pictures()), "what varies"),
         (lambda s, o: write_crops(s / "a.png", o, "centre"), "is no folder"),
         (lambda s, o: write_crops(s / "sub" / "empty", o, "centre"), "no pictures in"),
         (lambda s, o: write_crops(s, s.parent / "file", "centre"), "is a file"),
     ],
-    ids=["none", "plain", "file", "empty", "out"],
+    ids=["none", "many", "plain", "file", "empty", "out"],
 )
 def test_what_does_not_work_is_told(source, tmp_path, work, told):
     (source / "sub" / "empty").mkdir()
@@ -306,9 +348,26 @@ def test_the_commands_write_what_the_functions_do(source, tmp_path, capsys):
     augment = ("pictures", "augment", source, "--out", tmp_path / "c", "--copies", "2", "--seed", "3", "--json")
     code, found, told = run(capsys, *augment, "--flip", "1")
     assert code == 0 and found["written"] == 10 and found["unmirrored"] == 6 and "--captions" in told
-    jitter = Pictures(jitter=(0.5, 0.5, 0.5, 0.1), flip=1.0)
-    finish(write_augmented(source, tmp_path / "d", 2, jitter, 3))
+    finish(write_augmented(source, tmp_path / "d", 2, Pictures(flip=1.0), 3))
     assert (tmp_path / "c" / "a-2.png").read_bytes() == (tmp_path / "d" / "a-2.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pictures"),
+    [
+        ((), Pictures(jitter=(0.5, 0.5, 0.5, 0.1))),
+        (("--jitter-chance", "0.5"), Pictures(jitter=(0.5, 0.5, 0.5, 0.1), jitter_chance=0.5)),
+        (("--flip", "1"), Pictures(flip=1.0)),
+        (("--scale", "0.5"), Pictures(scale=0.5)),
+        (("--grey", "1"), Pictures(grey=1.0)),
+        (("--flip", "1", "--jitter", "0.2", "0", "0", "0"), Pictures(flip=1.0, jitter=(0.2, 0.0, 0.0, 0.0))),
+    ],
+)
+def test_colours_change_where_that_or_nothing_else_is_asked_for(source, tmp_path, capsys, arguments, pictures):
+    assert run(capsys, "pictures", "augment", source, "--out", tmp_path / "a", *arguments, "--json")[0] == 0
+    finish(write_augmented(source, tmp_path / "b", 1, pictures))
+    for name in NAMES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -319,6 +378,9 @@ def test_the_commands_write_what_the_functions_do(source, tmp_path, capsys):
         (("augment", "--jitter", "0.1", "0.1", "0.1", "-0.1"), "jitter"),
         (("augment", "--jitter", "0.1", "0.1", "0.1", "0.6"), "hue"),
         (("augment", "--flip", "2"), "flip"),
+        (("augment", "--flip", "0"), "what varies"),
+        (("augment", "--flip", "1", "--jitter-chance", "0.5"), "with --jitter how much"),
+        (("augment", "--copies", "1001"), "at most 1000"),
         (("augment", "--jitter", "0", "0", "0", "0"), "what varies"),
     ],
 )

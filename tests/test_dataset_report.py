@@ -7,6 +7,7 @@ import csv
 import html
 import io
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -197,6 +198,20 @@ def test_pictures_that_the_captions_do_not_name_are_found(messy, tmp_path):
     found = finish(examine(read_index(messy, tmp_path / "some.json", True), tmp_path))
     assert pictures_of(found, "not_found") == ["gone.png"]
     assert "good1.png" in pictures_of(found, "unlisted") and "good0.png" not in pictures_of(found, "unlisted")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and named pipes take POSIX")
+def test_what_is_no_file_of_the_folder_is_no_picture_without_a_caption(tmp_path):
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for name in ("pictures/named.png", "pictures/beside.png", "outside.png"):
+        photo(len(name)).save(tmp_path / name)
+    (root / "folder.png").mkdir()
+    (root / "nowhere.png").symlink_to("gone.png")
+    (root / "link.png").symlink_to("../outside.png")
+    os.mkfifo(root / "pipe.png")
+    found = finish(examine(read_index_of(root, {"named.png": ["a thing"]}), tmp_path / "cache"))
+    assert pictures_of(found, "unlisted") == ["beside.png"]
 
 
 def test_copies_with_one_caption_are_no_shared_caption(tmp_path):
@@ -443,6 +458,30 @@ def test_what_the_number_of_pictures_means_is_told(report):
     assert "± 69 percentage points" in certain and few in lines(report) and html.escape(few) in page(report)
     # the widest 95 % interval of a share that is measured on so many, by the binomial's normal approximation
     assert round(100 * 1.96 * (0.25 / 2) ** 0.5) == 69
+
+
+def test_what_is_found_of_every_picture_is_not_counted_in_the_headline_but_named(tmp_path, clip):
+    for number in range(4):
+        photo(number, 64 + number, 64 + number).save(tmp_path / f"{number}.png")
+    captions = {f"{number}.png": [f"a photo of the thing number {number} on a table"] for number in range(4)}
+    captions["3.png"] = ["Ein Mann sitzt auf einer Bank"]
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    index = read_index_of(tmp_path, captions | {"broken.png": ["a photo of a broken thing on a table"]})
+    found = finish(examine(index, tmp_path / "cache"))
+    assert len(found["small"]) == 4
+    assert as_json(found)["summary"] == (
+        "4 pictures of 5 can be trained on; 2 pictures or files should be looked at, besides what was found of all: "
+        "pictures smaller than the vision tower's input."
+    )
+    small = as_json(found)["remarks"][-1]
+    assert small.startswith("All pictures are smaller than 224 pixels, which are assumed") and "--vision" in small
+    chosen = finish(examine(index, tmp_path / "cache", Limits(size=100)))
+    assert as_json(chosen)["remarks"][-1] == "All pictures are smaller than 100 pixels."
+    for limits, model in ((Limits(size=64), clip), (Limits(size=66), None)):  # none is, and not all are
+        other = finish(examine(index, tmp_path / "cache", limits, clip=model))
+        assert not any(one.startswith("All pictures") for one in as_json(other)["remarks"])
+        count = 2 + len(other["small"])
+        assert f"; {count} pictures or files should be looked at." in as_json(other)["summary"]
 
 
 def test_nothing_wrong_is_said_so(tmp_path):

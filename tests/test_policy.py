@@ -142,8 +142,6 @@ def test_prefix_and_suffix_that_leave_no_room_are_refused():
         InputError, match=r"prefix and captions.suffix together leave no room .*'a b c d e … f g h i j'"
     ):
         check(Captions(prefix="a b c d e", suffix="f g h i j"), SHORT)
-    with pytest.raises(InputError, match="separator is empty"):
-        check(Captions(separator="", shuffle=True), SHORT)
     check(Captions(separator=""), SHORT)
 
 

@@ -83,6 +83,10 @@ def test_a_file_changes_a_preset(tmp_path):
     path.write_text('preset = "gentle"\nepochs = 2\n[captions]\nshuffle = true\n')
     config, base = read_config(path), preset("gentle").config
     assert config == replace(base, epochs=2, captions=replace(base.captions, shuffle=True))
+    path.write_text('preset = "gentel"\nepcohs = 2\n')
+    with pytest.raises(InputError) as error:
+        read_config(path)
+    assert "did you mean gentle?" in str(error.value) and "did you mean epochs?" in str(error.value)
     path.write_bytes("epochs = 2 # \xe9".encode("latin-1"))
     with pytest.raises(InputError, match="not UTF-8"):
         read_config(path)

@@ -107,6 +107,8 @@ def test_all_problems_of_a_file_are_told_at_once():
         ("anchors = 3", "anchors is 3, not a list"),
         ("neurons = [{tower = 'vision', block = 1, feature = 1, factor = 2}]", "which is locked: set train to both"),
         ("loss = 'siglip'\nsmoothing = 0.1", "siglip, which has no softmax"),
+        ("[captions]\nseparator = ''\nshuffle = true", "captions.separator is empty"),
+        ("geometric = [{first = 5, last = 2}]", "geometric[0] goes from block 5 to 2"),
         ("optimizer = 'lion'\noptimizer_state = 'bf16'", "optimizer_state bf16 is AdamW's"),
         ("[pictures]\nflip = 0.5", "set pictures.views to 2 or more"),
         ("train = 'both'\n[pictures]\nviews = 2", "for a locked vision tower"),

@@ -229,6 +229,17 @@ def test_columns_are_taken_by_name_or_as_asked_and_said(root, tmp_path):
         read(file, images=root, columns=("image", "title"))
 
 
+def test_columns_asked_of_a_kind_without_any_are_said_not_to_be_used(root, tmp_path):
+    note = "columns a, b: not used, since captions of the kind {} have none"
+    for kind in ("json", "coco", "kohya_json"):
+        notes = read(write(tmp_path / "c.json", LABELS[kind][1]), images=root, columns=("a", "b")).report.notes
+        assert notes[-1] == note.format(kind)
+    file = write(tmp_path / "c.csv", LABELS["csv"][1])
+    assert not any("not used" in one for one in read(file, images=root, columns=("1", "2")).report.notes)
+    write(root / "a.txt", "a cat")
+    assert read(root, columns=("a", "b")).report.notes == (note.format("text"),)
+
+
 def test_columns_that_cannot_be_told_are_listed(root, tmp_path):
     with pytest.raises(InputError, match="columns foto, x, y, of which none is known to hold the pictures.*--columns"):
         read(write(tmp_path / "c.csv", "foto,x,y\na.jpg,1,2\n"), images=root)
@@ -331,6 +342,37 @@ def test_years_and_pictures_at_the_top_are_no_kohya_folders(tmp_path):
     assert read(root, kind="kohya").repeats == (10.0,)
 
 
+def test_pictures_outside_of_kohyas_folders_are_named_since_no_folder_counts_then(tmp_path):
+    root = pictures(tmp_path, "3_foo/a.jpg", "5_bar/b.jpg", "stray.png", "._stray.png")
+    for name in ("3_foo/a", "5_bar/b", "stray"):
+        write(root / f"{name}.txt", name)
+    index = read(root)
+    note = (
+        "3_foo and 5_bar look like kohya's folders of repeats, but stray.png lies outside of them: "
+        "--kind kohya takes them"
+    )
+    assert index.report.kind == "text" and index.report.notes == (note,) and note in str(index.report)
+    assert read(root, kind="text").report.notes == ()  # as it was asked for
+    assert read(root, kind="kohya").repeats == (3.0, 5.0, 1.0)
+    (root / "stray.png").unlink()
+    assert read(root).report.kind == "kohya"  # a name that begins with a dot is no picture of the set
+    pictures(root, "5_bar/deep/c.jpg", "plain/c.jpg", "plain/d.jpg")
+    (root / "3_foo/a.jpg").unlink()
+    assert read(root).report.notes == (
+        "5_bar looks like one of kohya's folders of repeats, but plain/c.jpg, plain/d.jpg lie outside of it: "
+        "--kind kohya takes it",
+    )
+
+
+def test_kohya_without_a_folder_of_repeats_says_that_none_says_how_often(root, tmp_path):
+    write(root / "a.txt", "a cat")
+    (note,) = read(root, kind="kohya").report.notes
+    assert note == f"no folder in {root} says how often (10_name): an epoch visits each picture once"
+    once = pictures(tmp_path / "once", "1_dog/b.jpg")
+    write(once / "1_dog/b.txt", "a dog")
+    assert read(once, kind="kohya").report.notes == ()
+
+
 def test_repeats_change_the_key_of_a_data_set_and_single_visits_do_not(root):
     write(root / "a.txt", "x")
     index = read(root)
@@ -345,6 +387,30 @@ def test_text_files_may_lie_in_a_folder_of_their_own(root, tmp_path):
     index = read(tmp_path / "texts", images=root, kind="text")
     assert captions(index) == {"a.jpg": ("a cat",), "sub/c.webp": ("a tree",)}
     assert index.report.orphans == ("gone.txt",)
+
+
+@pytest.mark.parametrize("kind", ["text", "json_beside", "kohya"])
+def test_a_folder_of_captions_at_the_places_of_pictures_is_told_by_itself(kind, tmp_path):
+    names = ("3_x/a.jpg", "5_y/b.png") if kind == "kohya" else ("a.jpg", "sub/b.png")
+    root = pictures(tmp_path / "images", *names)
+    suffix, content = (".json", {"caption": "a cat"}) if kind == "json_beside" else (".txt", "a cat")
+    for name in names:
+        write((tmp_path / "texts" / name).with_suffix(suffix), content)
+    for index in (read(tmp_path / "texts", images=root), read_index(root, tmp_path / "texts")):
+        assert index.report.kind == kind and captions(index) == dict.fromkeys(names, ("a cat",))
+        assert index.repeats == ((3.0, 5.0) if kind == "kohya" else (1.0, 1.0))
+
+
+def test_a_folder_of_texts_that_fit_no_picture_is_refused_with_where_they_would_be(root, tmp_path):
+    write(tmp_path / "texts/other/a.txt", "a cat")
+    with pytest.raises(InputError, match=r"no captions were found: no \.txt.* lies where a picture lies in .*images"):
+        read(tmp_path / "texts", images=root)
+
+
+@CASED
+def test_a_folder_of_texts_in_other_case_is_told_by_itself(root, tmp_path):
+    write(tmp_path / "texts/A.txt", "a cat")
+    assert captions(read(tmp_path / "texts", images=root)) == {"a.jpg": ("a cat",)}
 
 
 def test_json_beside_pictures_as_of_spright_and_img2dataset(root):
@@ -540,7 +606,7 @@ def test_a_picture_in_two_sources_keeps_both_captions_and_the_larger_weight(root
     assert index.report.uncaptioned == ("b.png",)
 
 
-@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf")])
+@pytest.mark.parametrize("weight", [0, -1, 1_000_001, float("nan"), float("inf")])
 def test_weights_are_positive(weight, root):
     write(root / "a.txt", "x")
     with pytest.raises(InputError, match="positive"):
@@ -557,9 +623,31 @@ def test_a_source_is_written_as_kind_place_pictures_and_weight(tmp_path, monkeyp
     assert parse("odd=2", KINDS) == Source("odd=2")
     assert parse("C:\\train", KINDS) == Source("C:\\train")
     assert parse("me@home.json", KINDS) == Source("me@home.json")
-    for text, what in (("train=x", "no weight"), ("train=0", "not above 0"), ("coco:", "names no place")):
+    assert parse("coco:c.json@gone", KINDS) == Source("c.json@gone", "coco")  # neither is there
+    write(tmp_path / "c.json", {})
+    assert parse("coco:c.json@gone=2", KINDS) == Source("c.json", "coco", "gone", 2.0)
+    with pytest.raises(InputError, match=r"^There is no folder gone\. "):
+        read("c.json", images="gone")
+    for text in ("s3://bucket/0.tar", "file:shards/{0..9}.tar", "s3://bucket/folder", "C:/gone", "train=1000000"):
+        assert parse(text, KINDS).place == text.removesuffix("=1000000")
+    for text, what in (
+        ("train=x", "no weight"),
+        ("train=0", "not above 0"),
+        ("train=1000001", "above 1,000,000"),
+        ("coco:", "names no place"),
+        ("c.json@", "no folder of pictures after the @"),
+        ("foo:c.json", "foo is no kind of captions, and there is no foo:c.json; choose one of imagefolder, "),
+        ("foo:c.json@train=2", "foo is no kind"),
+    ):
         with pytest.raises(InputError, match=what):
             parse(text, KINDS)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names have no colon there")
+def test_a_folder_with_a_colon_in_its_name_is_that(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path, "12:30 photos/a.jpg", "coco/a.jpg")
+    assert parse("12:30 photos=2", KINDS) == sources.Source("12:30 photos", weight=2.0)
 
 
 def test_problems_of_one_file_come_at_once(root, tmp_path):

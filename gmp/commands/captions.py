@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..data.captions import printable
+from ..errors import InputError
 from .towers import split_columns
 
 if TYPE_CHECKING:
@@ -72,6 +74,8 @@ def kinds(options: argparse.Namespace) -> object:
 
 
 def show(options: argparse.Namespace) -> object:
+    if options.first < 0:
+        raise InputError(f"--first {options.first}: give how many pictures to print, 0 or more")
     index = _read(options)
     report = index.report
     captions = sum(index.caption_counts)
@@ -79,10 +83,10 @@ def show(options: argparse.Namespace) -> object:
     print("\n".join(line for line in str(report).splitlines() if not line.endswith(": 0")))
     if any(repeats != 1 for repeats in index.repeats):
         print(f"visits in an epoch: {sum(index.repeats):g}")
-    for picture in index.pictures[: max(options.first, 0)]:
-        print(_printable(picture.path))
+    for picture in index.pictures[: options.first]:
+        print(printable(picture.path))
         for caption in picture.captions:
-            print(f"    {_printable(caption)}")
+            print(f"    {printable(caption)}")
     return {
         "kind": report.kind,
         "notes": report.notes,
@@ -114,13 +118,13 @@ def convert(options: argparse.Namespace) -> object:
     )
     print(f"{made.kind} -> {made.to}: {made.pictures} pictures with {made.captions} captions")
     for note in made.report.notes:
-        print(note)
+        print(printable(note))
     for sentence in made.lost:
-        print(f"lost: {_printable(sentence)}")
+        print(f"lost: {printable(sentence)}")
     if not made.lost:
         print("nothing was lost")
     where = made.files[0] if len(made.files) == 1 else f"{len(made.files)} files in {made.out}"
-    print(f"written: {where}")
+    print(f"written: {printable(str(where))}")
     return {
         "kind": made.kind,
         "to": made.to,
@@ -137,7 +141,7 @@ def _read(options: argparse.Namespace) -> Index:
     from ..data.sources import webdataset
 
     if options.kind == "webdataset" or options.kind is None and sources.holds_tars(options.place):
-        return webdataset.read(options.place)
+        return webdataset.read(options.place, split_columns(options.columns))
     return sources.read(
         options.place,
         kind=options.kind,
@@ -145,8 +149,3 @@ def _read(options: argparse.Namespace) -> Index:
         columns=split_columns(options.columns),
         missing_ok=options.allow_missing,
     )
-
-
-def _printable(text: str) -> str:
-    """One line, whatever a caption or a name holds."""
-    return text.replace("\n", " ⏎ ").replace("\r", " ").encode("utf-8", "backslashreplace").decode()

@@ -11,8 +11,12 @@ from ..errors import InputError, some
 
 if TYPE_CHECKING:
     from ..clip import VisionTower
+    from ..config import Pictures
     from ..data.captions import Index
     from ..data.copies import Copies
+
+
+JITTER = (0.5, 0.5, 0.5, 0.1)  # where nothing else is asked for
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,14 +68,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--jitter",
         type=float,
         nargs=4,
-        default=(0.5, 0.5, 0.5, 0.1),
         metavar=("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE"),
-        help="most change of each (0.5 0.5 0.5 0.1); hue is a share of its circle, 0.5 at the most",
+        help="most change of each (0.5 0.5 0.5 0.1, or none where --grey, --flip or --scale is given); hue is a share "
+        "of its circle, 0.5 at the most",
     )
-    one.add_argument("--jitter-chance", type=float, default=1.0, help="chance of that change (1)")
-    one.add_argument("--grey", type=float, default=0.0, help="chance that colours are taken out (0)")
-    one.add_argument("--flip", type=float, default=0.0, help="chance of a flip; left and right change in captions (0)")
-    one.add_argument("--scale", type=float, default=1.0, help="least share of the area that a copy shows (1)")
+    one.add_argument("--jitter-chance", type=float, help="chance of that change (1)")
+    one.add_argument("--grey", type=float, help="chance that colours are taken out (0)")
+    one.add_argument("--flip", type=float, help="chance of a flip; left and right change in captions (0)")
+    one.add_argument("--scale", type=float, help="least share of the area that a copy shows (1)")
     one.add_argument("--seed", type=int, default=0)
 
 
@@ -97,17 +101,11 @@ def crop(options: argparse.Namespace) -> object:
 
 
 def augment(options: argparse.Namespace) -> object:
-    from ..config import Pictures, RepairConfig
+    from ..config import RepairConfig
     from ..data.copies import write_augmented
     from ..terminal import show
 
-    pictures = Pictures(
-        scale=options.scale,
-        flip=options.flip,
-        jitter=tuple(options.jitter),
-        jitter_chance=options.jitter_chance,
-        grey=options.grey,
-    )
+    pictures = _varying(options)
     RepairConfig(train="both", pictures=pictures)  # raises for what is out of its bounds
     work = write_augmented(
         options.folder,
@@ -119,6 +117,22 @@ def augment(options: argparse.Namespace) -> object:
         force=options.force,
     )
     return _tell(show(work), options)
+
+
+def _varying(options: argparse.Namespace) -> Pictures:
+    """How copies vary. Colours do where they are asked for, or nothing else is."""
+    from ..config import Pictures
+
+    given = {name: getattr(options, name) for name in ("grey", "flip", "scale") if getattr(options, name) is not None}
+    if options.jitter is not None:
+        given["jitter"] = tuple(options.jitter)
+    elif not given:
+        given["jitter"] = JITTER
+    elif options.jitter_chance is not None:
+        raise InputError("--jitter-chance is that of a jitter; say with --jitter how much colours change")
+    if options.jitter_chance is not None:
+        given["jitter_chance"] = options.jitter_chance
+    return Pictures(**given)
 
 
 def _tower(options: argparse.Namespace) -> VisionTower:
@@ -140,6 +154,10 @@ def _tell(copies: Copies, options: argparse.Namespace) -> object:
     if copies.broken:
         named = some([f"{path} ({reason})" for path, reason in copies.broken])
         print(f"left out: {len(copies.broken)} pictures that cannot be read: {named}", file=sys.stderr)
+    if copies.linked:
+        print(f"links that were not followed: {len(copies.linked)}: {some(copies.linked)}", file=sys.stderr)
+    if copies.no_files:
+        print(f"not taken for pictures or captions, since they are no files: {some(copies.no_files)}", file=sys.stderr)
     if copies.unmirrored:
         print(
             f"note: {copies.unmirrored} copies are flipped and have no captions beside them; if a file has captions of "
@@ -156,5 +174,7 @@ def _tell(copies: Copies, options: argparse.Namespace) -> object:
         "kept": copies.kept,
         "broken": dict(copies.broken),
         "unmirrored": copies.unmirrored,
+        "linked": list(copies.linked),
+        "no_files": list(copies.no_files),
         "captions": copies.captions and str(copies.captions),
     }

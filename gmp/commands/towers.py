@@ -112,13 +112,17 @@ def read_pictures(options: argparse.Namespace) -> Index:
     from ..data import sources
 
     columns = split_columns(options.columns)
-    given = [sources.parse(text, sources.KINDS) for text in options.source or ()]
+    given, found, problems = [], [], []
+    for text in options.source or ():
+        try:
+            given.append(sources.parse(text, sources.KINDS))
+        except InputError as error:
+            problems.append(str(error))
     if options.images:
         place = str(options.captions or options.images)
         given.insert(0, sources.Source(place, options.kind, str(options.images)))
     elif options.captions or options.kind:
         raise InputError("--captions and --kind are of --images; give it, too, or write --source KIND:FILE@IMAGES")
-    found, problems = [], []
     for one in given:
         try:
             index = sources.read(
@@ -145,6 +149,8 @@ def split_columns(text: str | None) -> list[str] | None:
 
 def left_out(index: Index) -> list[str]:
     """What a person should know of how captions were read: the kind where it is not the usual, and what is left out."""
+    from ..data.captions import printable
+
     told = (
         "not found: ",
         "without captions: ",
@@ -155,7 +161,7 @@ def left_out(index: Index) -> list[str]:
     )
     report = index.report
     lines = [f"captions: {report.kind}"] if report.kind not in ("", "text", "json") else []
-    lines += [f"captions: {note}" for note in report.notes]
+    lines += [f"captions: {printable(note)}" for note in report.notes]
     found = [line for line in str(report).splitlines() if not line.endswith(": 0")]
     lines += [f"left out: {line}" for line in found if line.startswith(told)]
     return lines + [line for line in found if line.startswith("found under another spelling: ")]

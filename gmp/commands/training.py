@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 
 def repair(options: argparse.Namespace) -> object:
+    from ..data.captions import printable
     from ..distributed import from_environment, is_first
     from ..features import default_cache
     from ..report import REPORT
@@ -32,6 +34,8 @@ def repair(options: argparse.Namespace) -> object:
 
     config = configuration(options)
     concepts = _concepts(options.concepts)
+    if concepts:
+        print(f"{len(concepts)} captions of concepts, the first: {printable(concepts[0])}", file=sys.stderr)
     index = _pictures(options)
     chosen = _device(options.device)
     text, vision, original = read_towers(options, tell=is_first())
@@ -95,6 +99,9 @@ def configuration(options: argparse.Namespace) -> RepairConfig:
         values["geometric"] = []
     if options.anchor or options.no_anchor:
         values["anchors"] = [plain(Anchor.parse(text)) for text in options.anchor or ()]
+    idle = [text for text in options.anchor or () if Anchor.parse(text).captions == "concepts"]
+    if idle and not options.concepts:
+        raise InputError(f"--anchor {idle[0]} is about captions of concepts; give them as --concepts FILE")
     for text in options.set:
         values = _set(values, text)
     return RepairConfig.from_json(values, "the configuration")
@@ -105,13 +112,14 @@ def _set(values: dict[str, object], text: str) -> dict[str, object]:
     key, equals, value = (part.strip() for part in text.partition("="))
     if not (key and equals):
         raise InputError(f"--set {text!r} is not of the form KEY=VALUE, such as captions.shuffle=true")
+    if key == "preset":
+        raise InputError("a preset is given as --preset")
     try:
-        new = read_toml(f"value = {value}", text)["value"]
+        return over(values, read_toml(f"{key} = {value}", f"--set {text!r}"))
     except InputError:
-        new = value
-    for name in reversed(key.split(".")):
-        new = {name: new}
-    return over(values, new)
+        if value[:1] in ("'", '"', "[", "{"):  # meant as TOML
+            raise
+        return over(values, read_toml(f"{key} = {json.dumps(value)}", f"--set {text!r}"))
 
 
 def _concepts(path: Path | None) -> tuple[str, ...]:
@@ -124,6 +132,8 @@ def _concepts(path: Path | None) -> tuple[str, ...]:
         raise InputError(f"the concepts' captions {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"the concepts' captions {path} are not UTF-8 text (byte {error.start})") from None
+    if lines and lines[0].lstrip()[:1] in ("{", "["):
+        raise InputError(f"the concepts' captions {path} look like JSON; write them as text, one per line")
     found = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not found:
         raise InputError(f"{path} has no caption; write one per line")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +68,7 @@ class CaptionReport:
             f"links that were not followed: {len(self.linked)}{_some(self.linked)}",
             f"found under another spelling: {len(respelled)}{_some(respelled)}",
             *([f"kind of captions: {self.kind}"] if self.kind else ()),
-            *self.notes,
+            *map(printable, self.notes),
         ]
         return "\n".join(lines)
 
@@ -221,8 +222,23 @@ def held_out_order(key: str) -> bytes:
 
 
 def _some(names: Sequence[str]) -> str:
-    """`: a, b, c, d, e, …`, printable even where a file name is no valid text."""
+    """`: a, b, c, d, e, …`, printable whatever the names hold."""
     if not names:
         return ""
-    shown = ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
-    return ": " + shown.encode("utf-8", "backslashreplace").decode("utf-8")
+    return ": " + printable(", ".join(names[:_SHOWN])) + (", …" if len(names) > _SHOWN else "")
+
+
+def printable(text: str) -> str:
+    r"""One line that a terminal shows and does not obey: a control character of a caption or a name as \x1b.
+
+    So are marks that turn the direction of text, and half characters, which no stream takes. The joiners between
+    emoji and letters stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c.encode("unicode_escape").decode() if _controls(c) else c for c in text)
+
+
+def _controls(character: str) -> bool:
+    """By its category in Unicode: control, format, half of a pair, end of a line or of a paragraph."""
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\u200c\u200d"

@@ -6,6 +6,7 @@ their folder: they belong into it, or are given together with it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,7 +66,7 @@ def convert(
     if to not in sources.KINDS:
         raise InputError(f"There is no kind of captions {to!r}; choose one of {', '.join(sources.KINDS)}.")
     if kind == "webdataset" or kind is None and sources.holds_tars(place):
-        index = webdataset.read(str(place))
+        index = webdataset.read(str(place), columns)
     else:
         index = sources.read(place, kind=kind, images=images, columns=columns, missing_ok=missing_ok)
     pictures, lost = _prepare(index.pictures, to, phrases)
@@ -129,7 +130,12 @@ def _prepare(pictures: Sequence[Picture], to: str, phrases: int | None) -> tuple
             pictures = [picture for picture in pictures if _text(picture.path) == picture.path]
             lost.append(f"pictures: {len(unnamed)} whose names are no UTF-8 ({some(unnamed)})")
     repeated = [p for p in pictures if p.repeats != (kohya.repeats_of(p.path) if to == "kohya" else 1)]
-    if repeated:
+    if repeated and to == "kohya":
+        tops = dict.fromkeys(picture.path.partition("/")[0] for picture in repeated)
+        lost.append(
+            f"repeats: those of {len(repeated)} pictures are 1 and become what the folders' names say ({some(tops)})"
+        )
+    elif repeated:
         lost.append(f"repeats: those of {len(repeated)} pictures, since {to} has no place for them")
     if not pictures:
         raise InputError(f"No picture is left that {to} can hold: {'; '.join(lost)}.")
@@ -158,7 +164,14 @@ def _half(text: str) -> bool:
 
 def _files(pictures: Sequence[Picture], to: str, out: Path) -> list[Path]:
     """What will be written."""
+    below = next((one for one in out.absolute().parents if os.path.lexists(one)), Path(os.sep))
+    if not below.is_dir():
+        raise InputError(f"{out} cannot be written: {below} is no folder; choose another place")
     if to == "webdataset":
+        if out.suffix == ".tar" and out.is_dir():
+            raise InputError(f"{out} is a folder; give the name of a tar, or a folder that does not end in .tar")
+        if out.suffix != ".tar" and out.exists() and not out.is_dir():
+            raise InputError(f"{out} is a file; let the name of a tar end in .tar, or give a folder of tars")
         return webdataset.tar_files(out, len(pictures))
     if to in BESIDE:
         if out.exists() and not out.is_dir():

@@ -35,6 +35,7 @@ MARK = ".gmp_pictures.json"  # in a folder of copies: how they were made
 CAPTIONS_FILE = "captions.json"
 QUALITY = 95  # of JPEG and WebP
 _AT_ONCE = 64  # copies between two events
+MOST_COPIES = 1000  # of one picture
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,18 @@ class Copies:
     broken: tuple[tuple[str, str], ...]  # (path, reason) of pictures that do not decode
     unmirrored: int  # copies that are flipped and whose captions are not known
     captions: Path | None  # the caption file, where an index was given
+    linked: tuple[str, ...] = ()  # left out: links to nothing or out of the folder, and linked folders
+    no_files: tuple[str, ...] = ()  # left out: folders, named pipes and the like, with a picture's or caption's suffix
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is read."""
+
+    folder: Path
+    files: Mapping[str, Sequence[str]]  # pictures in the order of their paths -> the caption files beside them
+    linked: tuple[str, ...]  # as in `Copies`
+    no_files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -70,8 +83,8 @@ def write_crops(
     crop: one of `config.CROPS`; the salient one needs a tower and a cache. index: captions of a file, which are written
     for the copies too. Raises InputError where `source` and `out` do not suit.
     """
-    files = _list(source)
-    names = list(files)
+    there = _list(source)
+    names = list(there.files)
     recipe: dict[str, object] = {"crop": crop}
     boxes: Mapping[str, Box | None] = {}
     if crop == "salient":
@@ -91,7 +104,7 @@ def write_crops(
         return region(image, "salient", MIDDLE if box is None else place(box, *image.size))
 
     copies = [_Copy(name, name) for name in names]
-    return (yield from _write(source, out, recipe, files, copies, make, lambda copy: False, index, force))
+    return (yield from _write(there, out, recipe, copies, make, lambda copy: False, index, force))
 
 
 def write_augmented(
@@ -112,9 +125,11 @@ def write_augmented(
     """
     if count < 1:
         raise InputError(f"cannot write {count} copies of each picture; at least 1")
+    if count > MOST_COPIES:
+        raise InputError(f"cannot write {count} copies of each picture; at most {MOST_COPIES}")
     if not pictures.varies:
         raise InputError("copies would all be like their pictures; say what varies: jitter, grey, flip or scale")
-    files = _list(source)
+    there = _list(source)
     varying = asdict(replace(pictures, crop="centre", views=1))
     recipe = {"copies": count, "seed": seed, "pictures": varying}
 
@@ -125,34 +140,51 @@ def write_augmented(
 
     copies = [
         _Copy(name, name if count == 1 else _numbered(name, number), seed_of(f"{seed} {_stem(name)}", number))
-        for name in files
+        for name in there.files
         for number in range(1, count + 1)
     ]
     flips: Callable[[_Copy], bool] = lambda copy: flipped(pictures, copy.seed)  # noqa: E731
-    return (yield from _write(source, out, recipe, files, copies, make, flips, index, force))
+    return (yield from _write(there, out, recipe, copies, make, flips, index, force))
 
 
 # ---- folders --------------------------------------------------------------------------------------------------------
 
 
-def _list(source: Path) -> dict[str, list[str]]:
-    """The pictures below a folder in the order of their paths, and of each one the caption files beside it.
+def _list(source: Path) -> _Source:
+    """The pictures below a folder and the captions beside them.
 
-    As data sets are read: linked folders, and names that start with a dot, are left out.
+    As data sets are read: links out of the folder, linked folders, and names that start with a dot, are left out. So is
+    what is no file, which is never opened: a named pipe would be waited for.
     """
     if not source.is_dir():
         raise InputError(f"{source} is no folder; give the folder that holds the pictures")
-    names = [
-        Path(folder, name).relative_to(source).as_posix() for folder, folders, files in _walk(source) for name in files
-    ]
+    real = source.resolve()
+    names, linked, no_files = [], [], []
+    for folder, folders, files in _walk(source):
+        for name in (*folders, *files):
+            path = Path(folder, name)
+            below = path.relative_to(source).as_posix()
+            link, wanted = path.is_symlink(), name.lower().endswith((*PICTURE_SUFFIXES, *CAPTION_SUFFIXES))
+            if link and (path.is_dir() or (wanted and not _leads_to_file(path, real))):
+                linked.append(below)
+            elif wanted and not path.is_file():
+                no_files.append(below)
+            elif wanted:
+                names.append(below)
     captions: dict[str, list[str]] = {}
     for name in sorted(names):
         if name.lower().endswith(CAPTION_SUFFIXES):
             captions.setdefault(_stem(name), []).append(name)
     found = {name: captions.get(_stem(name), []) for name in sorted(names) if name.lower().endswith(PICTURE_SUFFIXES)}
     if not found:
-        raise InputError(f"there are no pictures in {source}; they end in {', '.join(PICTURE_SUFFIXES)}")
-    return found
+        links = f"; links that were not followed: {some(linked)}" if linked else ""
+        raise InputError(f"there are no pictures in {source}; they end in {', '.join(PICTURE_SUFFIXES)}{links}")
+    return _Source(source, found, tuple(sorted(linked)), tuple(sorted(no_files)))
+
+
+def _leads_to_file(link: Path, root: Path) -> bool:
+    """Whether a link leads to a file below a folder, which is given as it is without links."""
+    return root in Path(os.path.realpath(link)).parents and link.is_file()
 
 
 def _walk(source: Path) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -205,17 +237,17 @@ def _told(source: Path, recipe: Mapping[str, object]) -> object:
 
 
 def _write(
-    source: Path,
+    there: _Source,
     out: Path,
     recipe: Mapping[str, object],
-    files: Mapping[str, Sequence[str]],
     copies: Sequence[_Copy],
     make: Callable[[Image.Image, _Copy], Image.Image],
     flips: Callable[[_Copy], bool],
     index: Index | None,
     force: bool,
 ) -> Generator[Event, None, Copies]:
-    """files: of each picture the caption files beside it. make: a copy's picture. flips: whether it is turned round."""
+    """make: a copy's picture. flips: whether it is turned round."""
+    source, files = there.folder, there.files
     _check(source, out, recipe, force)
     out.mkdir(parents=True, exist_ok=True)
     write_json(_told(source, recipe), out / MARK)
@@ -254,7 +286,8 @@ def _write(
         _write_index(whole, told, flips, out / CAPTIONS_FILE)
     unknown = sum(flips(copy) and not files[copy.name] and copy.name not in told for copy in whole)
     names = tuple((name, failed[str(source / name)]) for name in files if str(source / name) in failed)
-    return Copies(written, kept, names, unknown, out / CAPTIONS_FILE if index else None)
+    captions = out / CAPTIONS_FILE if index else None
+    return Copies(written, kept, names, unknown, captions, there.linked, there.no_files)
 
 
 def _write_index(

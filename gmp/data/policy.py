@@ -27,8 +27,6 @@ _WORD = re.compile(r"\s+")
 
 def check(policy: Captions, tokenize: Tokenize) -> None:
     """Raises InputError for what cannot be done to any caption."""
-    if not policy.separator and has_draws(policy):
-        raise InputError("captions.separator is empty; give what stands between tags, such as ','")
     if tokenize([_around(policy, "a")]).truncated:
         raise InputError(
             f"captions.prefix and captions.suffix together leave no room for a caption: {_around(policy, '…')!r}; "

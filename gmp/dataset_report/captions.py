@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ import numpy as np
 
 from ..data.captions import PICTURE_SUFFIXES, Index
 from ..data.language import NAMES, UNKNOWN, language
+from ..data.sources.folder import Folder
 from ..data.survey import Survey
 from ..events import Event, progress
 from .findings import Case, Finding, Limits, found
@@ -86,15 +85,18 @@ def caption_findings(index: Index, survey: Survey, texts: Texts, limits: Limits)
 
 
 def _unlisted(index: Index) -> Iterator[str]:
-    """Pictures in the folders of the index's own that it does not have. No other folder is looked into."""
+    """Pictures in the folders of the index's own that it does not have. No other folder is looked into.
+
+    Only files that a data set is read from: no folders, named pipes, and links that lead nowhere or out of the folder.
+    """
     known = {picture.path for picture in index.pictures}
     known |= {*index.report.uncaptioned, *index.report.linked, *(path for path, _ in index.report.broken)}
+    listing = Folder(index.root)
     for folder in sorted({path.rpartition("/")[0] for path in known}):
-        with contextlib.suppress(OSError), os.scandir(index.root / folder) as entries:
-            for name in sorted(entry.name for entry in entries if not entry.name.startswith(".")):
-                path = f"{folder}/{name}" if folder else name
-                if path not in known and name.lower().endswith(PICTURE_SUFFIXES):
-                    yield path
+        for name in sorted(listing.list(folder).files):
+            path = f"{folder}/{name}" if folder else name
+            if path not in known and not name.startswith(".") and name.lower().endswith(PICTURE_SUFFIXES):
+                yield path
 
 
 def _too_long(tokens: int, context: int) -> str:

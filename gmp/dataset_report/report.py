@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -132,15 +132,25 @@ def _check(limits: Limits, lowest: int) -> None:
 
 
 def summary(report: Report) -> str:
-    """One sentence: how many pictures are to be looked at."""
+    """One sentence: how many pictures are to be looked at, by what is not found of all of them."""
     total = report.index.report.listed or len(report.index)
-    faulty = {case.picture for finding in report.findings for case in finding.cases}
-    if not faulty:
+    general = _general(report)
+    faulty = {case.picture for one in report.findings if one not in general for case in one.cases}
+    if not faulty and not general:
         return (
             f"Nothing was found wrong with {_count(total, 'picture')} and {_count(len(report.texts.lengths), 'pair')}."
         )
     words = f"{_count(report.readable, 'picture')} of {total:,} can be trained on"
-    return f"{words}; {_count(len(faulty), 'picture or file', 'pictures or files')} should be looked at."
+    words += f"; {_count(len(faulty), 'picture or file', 'pictures or files')} should be looked at"
+    return f"{words}, besides what was found of all: {_titles(general)}." if general else f"{words}."
+
+
+def _general(report: Report) -> list[Finding]:
+    """Findings of every single picture, which tell of the data set or of a limit: no picture of it stands out."""
+    readable = {name for name in report.survey.names if name not in report.survey.faults}
+    if len(readable) < 2:
+        return []
+    return [one for one in report.findings if readable <= {case.picture for case in one.cases}]
 
 
 def counts(report: Report) -> dict[str, object]:
@@ -176,6 +186,11 @@ def remarks(report: Report) -> list[str]:
             f"{_count(held, 'picture')} would be held out to measure: a recall is then certain to about "
             f"± {98 / held**0.5:.0f} percentage points."
         )
+    if report["small"] in _general(report):
+        words = f"All pictures are smaller than {report.limits.size} pixels"
+        assumed = report.fits is None and report.limits.size == USUAL.size
+        why = ", which are assumed where no vision tower is given (--vision), nor a size (--size)" if assumed else ""
+        told.append(f"{words}{why}.")
     return told
 
 
@@ -256,8 +271,12 @@ def lines(report: Report) -> list[str]:
 
 def not_found(report: Report) -> str:
     """What was looked for and is nowhere, in a sentence; empty where everything was found."""
-    clear = [finding.kind.title for finding in report.findings if not len(finding)]
-    return f"Looked for and not found: {'; '.join(title[0].lower() + title[1:] for title in clear)}." if clear else ""
+    clear = [finding for finding in report.findings if not len(finding)]
+    return f"Looked for and not found: {_titles(clear)}." if clear else ""
+
+
+def _titles(findings: Iterable[Finding]) -> str:
+    return "; ".join(one.kind.title[0].lower() + one.kind.title[1:] for one in findings)
 
 
 def _case(case: Case) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..config import RepairConfig
 from ..errors import InputError
-from ..settings import over, read_toml
+from ..settings import SettingsError, over, read_toml
 
 DEFAULT = "sdxl-repair"
 # In the order in which people are shown them.
@@ -58,11 +58,8 @@ def preset(name: str) -> Preset:
         name = stem
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
-        raise InputError(
-            f"there is no preset {name!r}"
-            + (f"; did you mean {near[0]}?" if near else "")
-            + f" There are {', '.join(known)}"
-        )
+        meant = f"; did you mean {near[0]}?" if near else "."
+        raise InputError(f"there is no preset {name!r}{meant} There are {', '.join(known)}")
     return known[name]
 
 
@@ -87,8 +84,17 @@ def read_config(path: Path) -> RepairConfig:
     values.pop("when", None)
     if "preset" not in values:
         return RepairConfig.from_json(values, str(path))
-    base = preset(str(values.pop("preset")))
-    return RepairConfig.from_json(over(base.config.to_json(), values), str(path))
+    try:
+        base, problems = preset(str(values.pop("preset"))).config.to_json(), []
+    except InputError as error:  # what else does not work is told too
+        base, problems = {}, [str(error)]
+    try:
+        config = RepairConfig.from_json(over(base, values), str(path))
+    except SettingsError as error:
+        raise SettingsError(str(path), [*problems, *error.problems]) from None
+    if problems:
+        raise SettingsError(str(path), problems)
+    return config
 
 
 def _read(name: str) -> dict[str, Preset]:

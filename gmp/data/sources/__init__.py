@@ -12,6 +12,7 @@ from pathlib import Path
 from ...errors import InputError
 from ..captions import Index
 from . import beside, coco, imagefolder, kohya, seed, table
+from .columns import unused
 from .folder import Folder, is_picture
 from .found import Found, Listing, build, locate
 from .mix import Source, mix, parse
@@ -24,16 +25,20 @@ _Columns = Sequence[str] | None
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to write captions down. One of a file has `looks` and `read`, one of a folder `looks_folder`."""
+    """A way to write captions down. One of a file has `looks` and `read`, one of a folder `looks_folder`.
+
+    `looks_folder` is given the folder of the captions and that of the pictures, which mostly are the same.
+    """
 
     name: str
     sentence: str
     looks: Callable[[Opened], bool] | None = None
     read: Callable[[Opened, _Columns, list[str]], Listing] | None = None
-    looks_folder: Callable[[Folder], bool] | None = None
+    looks_folder: Callable[[Folder, Folder], bool] | None = None
     read_folder: Callable[[Folder, _Columns, list[str]], Listing] | None = None  # names of pictures, to be looked up
     read_beside: Callable[[Folder, Folder, _Columns, list[str]], Found] | None = None  # what lies beside pictures
     strict: bool = True  # only what it looks like is read as it
+    columns: bool = False  # or keys, that may be asked for
 
 
 def _desc(folder: Folder, columns: _Columns, problems: list[str]) -> Listing:
@@ -47,18 +52,26 @@ _ALL = (  # those that take less come first: the first that fits is it
         "Hugging Face imagefolder: pictures with metadata.jsonl, .csv or .parquet",
         looks=imagefolder.looks,
         read=imagefolder.read,
-        looks_folder=lambda folder: bool(imagefolder.files(folder)),
+        looks_folder=lambda folder, pictures: bool(imagefolder.files(folder)),
         read_folder=imagefolder.read_folder,
+        columns=True,
     ),
     Kind(
         "interrogator",
         "CLIP-Interrogator's desc.csv: image,prompt",
         looks=table.looks_interrogator,
         read=table.read,
-        looks_folder=lambda folder: "desc.csv" in folder.list("").files,
+        looks_folder=lambda folder, pictures: "desc.csv" in folder.list("").files,
         read_folder=_desc,
+        columns=True,
     ),
-    Kind("csv", "CSV or TSV with a column of paths and one of captions", looks=table.looks, read=table.read),
+    Kind(
+        "csv",
+        "CSV or TSV with a column of paths and one of captions",
+        looks=table.looks,
+        read=table.read,
+        columns=True,
+    ),
     Kind(
         "coco",
         "COCO captions JSON: images and annotations",
@@ -94,8 +107,9 @@ _ALL = (  # those that take less come first: the first that fits is it
     Kind(
         "json_beside",
         "a JSON file beside each picture: caption, or SPRIGHT's spatial_caption and original_caption",
-        looks_folder=lambda folder: beside.has_texts(folder, (".json",)),
+        looks_folder=lambda folder, pictures: beside.has_texts(folder, pictures, (".json",)),
         read_beside=beside.read_jsons,
+        columns=True,
         strict=False,
     ),
     Kind("webdataset", "WebDataset tars: 0001.jpg with 0001.txt or 0001.json"),
@@ -141,7 +155,12 @@ def read(
     if chosen is None or not root.is_dir():
         raise InputError("\n".join(problems))
     found = _read(chosen, opened, pictures, columns, missing_ok, problems)
-    return build(pictures, replace(found, kind=chosen.name), problems)
+    notes = found.notes
+    if kind is None and chosen.name == "text":
+        notes += kohya.strays(pictures)
+    if not chosen.columns:
+        notes += unused(columns, chosen.name)
+    return build(pictures, replace(found, kind=chosen.name, notes=notes), problems)
 
 
 def holds_tars(place: Path | str) -> bool:
@@ -170,25 +189,26 @@ def _choose(opened: Opened, pictures: Folder, asked: str | None, problems: list[
     folder = _folder(opened, pictures) if opened.form == "folder" else None
     if asked is not None:
         kind = _KIND[asked]
-        if (kind.looks_folder if folder else kind.looks) and not kind.strict or _looks(kind, opened, folder):
+        if (kind.looks_folder if folder else kind.looks) and not kind.strict or _looks(kind, opened, folder, pictures):
             return kind
-    like = next((kind for kind in _ALL if _looks(kind, opened, folder)), None)
+    like = next((kind for kind in _ALL if _looks(kind, opened, folder, pictures)), None)
     if asked is None and folder and like is None and folder is pictures:
         return _KIND["text"]  # and all pictures are without captions
     if asked is None and like is None and opened.form == "json":
         return _KIND["json"]  # which says what is expected
     if asked is None and like is not None:
         return like
-    problems.append(_wrong(opened, asked, like))
+    problems.append(_wrong(opened, pictures, asked, like))
     return None
 
 
-def _looks(kind: Kind, opened: Opened, folder: Folder | None) -> bool:
-    test = kind.looks_folder if folder else kind.looks
-    return test is not None and test(folder or opened)
+def _looks(kind: Kind, opened: Opened, folder: Folder | None, pictures: Folder) -> bool:
+    if folder:
+        return kind.looks_folder is not None and kind.looks_folder(folder, pictures)
+    return kind.looks is not None and kind.looks(opened)
 
 
-def _wrong(opened: Opened, asked: str | None, like: Kind | None) -> str:
+def _wrong(opened: Opened, pictures: Folder, asked: str | None, like: Kind | None) -> str:
     """Why a place cannot be read as asked, or at all."""
     if asked is not None:
         what = f"{opened.place} is not of the kind {asked} ({KINDS[asked]})"
@@ -197,8 +217,9 @@ def _wrong(opened: Opened, asked: str | None, like: Kind | None) -> str:
         return f"{what}, nor of any other that is known: {', '.join(KINDS)}."
     if opened.form == "folder":
         return (
-            f"The caption file {opened.place} is a folder, in which no captions were found. Give a caption file, or "
-            "none for .txt beside the pictures."
+            f"The caption file {opened.place} is a folder, in which no captions were found: no .txt, .caption or "
+            f".json in it lies where a picture lies in {pictures.root} (sub/a.txt for sub/a.jpg). Give a caption file, "
+            "or none for .txt beside the pictures."
         )
     return (
         f"{opened.place} is of no kind of captions that is known: it is a text with one column. {EXPECTED} Or a table "
@@ -215,7 +236,7 @@ def _read(
     if kind.read_beside:
         return kind.read_beside(pictures, folder, columns, problems)
     listing = kind.read_folder(folder, columns, problems)
-    if folder is pictures and beside.has_texts(pictures):
+    if folder is pictures and beside.has_texts(pictures, pictures):
         unread = "text files lie beside pictures, too: not read (the kind text reads them)"
         listing = replace(listing, notes=(*listing.notes, unread))
     return locate(pictures, listing, opened.path, missing_ok, problems)

@@ -11,8 +11,8 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..captions import CAPTION_SUFFIXES, Picture
-from .folder import Folder, fold, is_picture, stem_of, suffix_of
+from ..captions import CAPTION_SUFFIXES, Picture, printable
+from .folder import Folder, Listed, fold, is_picture, stem_of, suffix_of
 from .found import Found
 from .opened import decode, loads
 
@@ -34,13 +34,17 @@ def lines(text: str) -> list[str]:
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
-def has_texts(folder: Folder, suffixes: Sequence[str] = CAPTION_SUFFIXES) -> bool:
-    """Whether a file with such a suffix lies beside a picture of its name."""
+def has_texts(texts: Folder, pictures: Folder, suffixes: Sequence[str] = CAPTION_SUFFIXES) -> bool:
+    """Whether a file with such a suffix lies beside a picture of its name, or at its place in another folder."""
+    places: dict[str, list[Listed]] = {}
+    for folder, listed in pictures.walk():
+        places.setdefault(fold(folder), []).append(listed)
     return any(
-        suffix_of(name) in suffixes and stem_of(name) in listed.stems
-        for _, listed in folder.walk()
+        fold(stem_of(name)) in place.folded_stems
+        for folder, listed in texts.walk()
+        for place in places.get(fold(folder), ())
         for name in listed.files
-        if not name.startswith(".")
+        if suffix_of(name) in suffixes and not name.startswith(".")
     )
 
 
@@ -110,7 +114,7 @@ def _read(
                 empty.append(path)
     if garbled and not any(caption.strip() for found in captions.values() for caption in found):
         first, reason = min(garbled)
-        problems.append(f"None of the caption files in {texts.root} can be read, such as {first}: {reason}.")
+        problems.append(f"None of the caption files in {texts.root} can be read, such as {printable(first)}: {reason}.")
     # with .json, what belongs to no picture may be anything
     orphans = [path for paths in files.values() for path in paths] if ".json" not in suffixes else []
     return Found(

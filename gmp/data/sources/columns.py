@@ -48,6 +48,11 @@ def note(names: Sequence[str], picture: int, captions: Sequence[int]) -> str:
     return f"columns: pictures from {names[picture]!r}, captions from {', '.join(repr(names[n]) for n in captions)}"
 
 
+def unused(asked: Sequence[str] | None, kind: str) -> tuple[str, ...]:
+    """The note on columns that were asked of a kind that has none."""
+    return (f"columns {', '.join(asked)}: not used, since captions of the kind {kind} have none",) if asked else ()
+
+
 def _position(names: Sequence[str], plain: list[str], name: str) -> int:
     if name in names:
         return list(names).index(name)

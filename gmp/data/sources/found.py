@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import InputError
-from ..captions import PICTURE_SUFFIXES, CaptionReport, Index, Picture, _some
+from ..captions import PICTURE_SUFFIXES, CaptionReport, Index, Picture, _some, printable
 from .folder import Folder, is_picture
 
 Entry = tuple[str, Sequence[str]]  # a picture's path as it is written, and captions
@@ -113,7 +113,7 @@ def _hint(folder: Folder, missing: Sequence[str]) -> str:
     below = [
         name for name in folder.list("").folders if not name.startswith(".") and folder.find(f"{name}/{first}").paths
     ]
-    return f" There is {below[0]}/{first}: give {folder.root / below[0]}." if below else ""
+    return printable(f" There is {below[0]}/{first}: give {folder.root / below[0]}.") if below else ""
 
 
 def build(folder: Folder, found: Found, problems: Iterable[str] = ()) -> Index:
@@ -146,7 +146,7 @@ def build(folder: Folder, found: Found, problems: Iterable[str] = ()) -> Index:
         raise InputError(
             f"None of the {len(found.captions)} pictures in {root} has a caption{_some(uncaptioned)}. Put a text file "
             "of the same name beside each picture (0001.jpg, 0001.txt), or give a caption file"
-            + (f"; {', '.join(listings)} may be one." if (listings := _label_files(folder)) else ".")
+            + (f"; {printable(', '.join(listings))} may be one." if (listings := _label_files(folder)) else ".")
         )
     carriers = Counter(caption for picture in pictures for caption in picture.captions)
     report = CaptionReport(

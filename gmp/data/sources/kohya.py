@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from ...errors import some
 from ..captions import Picture, _some
 from .beside import has_texts, lines, read_texts
 from .folder import Folder
@@ -27,12 +28,38 @@ _PLAUSIBLE = re.compile(r"[1-9]\d{0,2}_.")  # 2023_summer is a year
 _SHAPE = 'Expected {"0001": {"caption": "…", "tags": "…"}}.'
 
 
-def looks_folder(folder: Folder) -> bool:
+def looks_folder(texts: Folder, pictures: Folder) -> bool:
     """No picture at the top, and every folder there that holds any is named as `10_name`."""
-    if folder.list("").stems:
-        return False
-    tops = {place.partition("/")[0] for place, listed in folder.walk() if place and listed.stems}
-    return bool(tops) and all(_PLAUSIBLE.match(name) for name in tops) and has_texts(folder)
+    named, others = _split(pictures)
+    return bool(named) and not others and has_texts(texts, pictures)
+
+
+def strays(pictures: Folder) -> tuple[str, ...]:
+    """The note on pictures outside kohya's folders where there are some of both: then no folder counts."""
+    named, others = _split(pictures)
+    if not (named and others):
+        return ()
+    names = " and ".join(named) if len(named) < 3 else some(named)
+    look = "looks like one of" if len(named) == 1 else "look like"
+    lie, them = "lies" if len(others) == 1 else "lie", "it" if len(named) == 1 else "them"
+    return (
+        f"{names} {look} kohya's folders of repeats, but {some(others, shown=3)} {lie} outside of {them}: "
+        f"--kind kohya takes {them}",
+    )
+
+
+def _split(pictures: Folder) -> tuple[list[str], list[str]]:
+    """Folders at the top that hold pictures and are named as `10_name`, and the pictures outside of them."""
+    named: dict[str, None] = {}
+    others: list[str] = []
+    for place, listed in pictures.walk():
+        top = place.partition("/")[0]
+        found = [name for names in listed.stems.values() for name in names if not name.startswith(".")]
+        if found and _PLAUSIBLE.match(top):
+            named[top] = None
+        else:
+            others += [f"{place}/{name}" if place else name for name in found]
+    return list(named), others
 
 
 def read_folder(pictures: Folder, texts: Folder, problems: list[str]) -> Found:
@@ -41,6 +68,8 @@ def read_folder(pictures: Folder, texts: Folder, problems: list[str]) -> Found:
     repeats = {path: float(count) for path in found.captions if (count := repeats_of(path)) != 1}
     seen = sorted({path.partition("/")[0] for path in repeats})
     notes = (f"repeats of folders: {', '.join(seen[:5])}{', …' if len(seen) > 5 else ''}",) if seen else ()
+    if not any(_REPEATS.match(path) for path in found.captions if "/" in path):
+        notes = (f"no folder in {pictures.root} says how often (10_name): an epoch visits each picture once",)
     return replace(found, repeats=repeats, notes=notes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,12 @@ from pathlib import Path
 
 from ...errors import InputError
 from ..captions import CaptionReport, Index, Picture
+from .opened import is_tars
+
+HEAVIEST = 1_000_000  # visits in an epoch that a weight may ask for
+
+
+_KIND = re.compile(r"([\w-]{2,}):(?!//)")  # C: is a drive, s3:// a store
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,8 @@ class Source:
 def parse(text: str, kinds: Collection[str]) -> Source:
     """`[KIND:]PLACE[@IMAGES][=WEIGHT]`: `coco:annotations/captions_train2017.json@train2017=0.5`, or a folder alone.
 
-    What exists under a name with = or @ in it is that. Raises InputError for a weight that is no positive number.
+    What exists under a name with =, @ or : in it is that. Raises InputError for a weight that is no positive number
+    or above `HEAVIEST`, and for a kind that is none; a drive has one letter.
     """
     kind, colon, rest = text.partition(":")
     kind, rest = (kind, rest) if colon and kind in kinds else (None, text)
@@ -39,12 +47,21 @@ def parse(text: str, kinds: Collection[str]) -> Source:
             raise InputError(f"{text}: {number!r} is no weight, and there is no {rest}; write PLACE=0.5") from None
         if not (math.isfinite(weight) and weight > 0):
             raise InputError(f"{text}: the weight {number} is not above 0")
+        if weight > HEAVIEST:
+            raise InputError(f"{text}: the weight {number} is above {HEAVIEST:,}; write PLACE=2 for two visits")
         rest = place
     place, at, folder = rest.rpartition("@")
-    if at and not os.path.lexists(rest) and os.path.isdir(folder):
+    if at and not os.path.lexists(rest) and (os.path.isdir(folder) or os.path.lexists(place)):
+        if not folder:
+            raise InputError(f"{text} names no folder of pictures after the @; write PLACE@IMAGES, or PLACE alone")
         rest, images = place, folder
     if not rest:
         raise InputError(f"{text!r} names no place; write [KIND:]PLACE[@IMAGES][=WEIGHT]")
+    other = _KIND.match(rest)
+    if kind is None and other and not os.path.lexists(rest) and not is_tars(rest):
+        raise InputError(
+            f"{text}: {other[1]} is no kind of captions, and there is no {rest}; choose one of {', '.join(kinds)}"
+        )
     return Source(rest, kind, images, weight)
 
 
@@ -52,13 +69,15 @@ def mix(sources: Sequence[tuple[Index, float]]) -> Index:
     """One index of several, below the deepest folder that holds them all.
 
     An epoch visits a picture its repeats × its source's weight times. A picture in two sources has the captions of
-    both and the larger number. Raises InputError for weights that are no positive numbers, and for folders
+    both and the larger number. Raises InputError for weights that are not in 0 to `HEAVIEST`, and for folders
     that share none (two drives).
     """
     if not sources:
         raise InputError("No source was given; name one or more.")
-    if wrong := [weight for _, weight in sources if not (math.isfinite(weight) and weight > 0)]:
-        raise InputError(f"A source has the weight {wrong[0]}; give a positive number, such as 0.5 or 2.")
+    if wrong := [weight for _, weight in sources if not 0 < weight <= HEAVIEST]:
+        raise InputError(
+            f"A source has the weight {wrong[0]}; give a positive number up to {HEAVIEST:,}, such as 0.5 or 2."
+        )
     if len(sources) == 1:
         index, weight = sources[0]
         return replace(index, pictures=tuple(replace(p, repeats=p.repeats * weight) for p in index.pictures))

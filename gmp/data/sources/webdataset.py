@@ -17,6 +17,7 @@ from pathlib import Path
 from ...errors import InputError
 from ..captions import CaptionReport, Index, Picture
 from ..tars import PICTURES, Sample, find_tars, read_samples
+from .columns import unused
 from .folder import Folder, stem_of, suffix_of
 
 PER_TAR = 10_000  # pictures, as img2dataset's
@@ -38,8 +39,11 @@ def samples(place: str, left_out: Callable[[str, str], object]) -> Iterator[tupl
                 yield above + name, sample
 
 
-def read(place: str) -> Index:
-    """The pictures in tars with their captions, as an index of what lies beside them once they are unpacked."""
+def read(place: str, columns: Sequence[str] | None = None) -> Index:
+    """The pictures in tars with their captions, as an index of what lies beside them once they are unpacked.
+
+    columns: what was asked for; tars have none, which a note says.
+    """
     broken: list[tuple[str, str]] = []
     found: dict[str, tuple[str, ...]] = {}
     for name, sample in samples(place, lambda *fault: broken.append(fault)):
@@ -49,7 +53,13 @@ def read(place: str) -> Index:
     pictures = tuple(Picture(name, captions) for name, captions in sorted(found.items()))
     carriers = Counter(caption for picture in pictures for caption in picture.captions)
     shared = sum(count > 1 for count in carriers.values())
-    report = CaptionReport(listed=len(found) + len(broken), broken=tuple(broken), shared=shared, kind="webdataset")
+    report = CaptionReport(
+        listed=len(found) + len(broken),
+        broken=tuple(broken),
+        shared=shared,
+        kind="webdataset",
+        notes=unused(columns, "webdataset"),
+    )
     return Index(Path(place).parent if "://" not in place else Path(), pictures, report)
 
 
