@@ -29,6 +29,8 @@ COMPARED = 64  # captions at the full context length in one pass (`measure.drift
 EMBEDDED = 16  # pictures in one pass that a device should have room for; with more room there are more
 SAMPLE = 4096  # captions whose lengths stand for all
 GATHERED = 4  # copies of a shared-out block while it computes: weights and gradients, each whole and as they are sent
+# matrices of all pairs that a loss holds which is not computed in blocks; entropy takes three more
+MATRICES = {"infonce": 6.4, "siglip": 6.4, "seed": 9.6}
 LOSS_BLOCK = 1024  # rows and columns of the logits that are there at once (`contrastive.contrastive`)
 
 _PROCESS = psutil.Process()
@@ -520,8 +522,12 @@ def _contrastive(
 
 
 def _loss(settings: RepairConfig, width: int) -> int:
-    """Bytes of `contrastive.contrastive`: features as they are and of unit length, gradients, and blocks of logits."""
+    """Bytes of a loss: features as they are and of unit length, gradients, and logits, in blocks where they can be."""
     pairs = settings.step_pairs
+    if settings.loss != "infonce" or settings.entropy:
+        side = settings.batch if settings.negatives == "pass" else pairs
+        matrices = MATRICES[settings.loss] + (3 if settings.entropy else 0)
+        return round(4 * pairs * 7 * width + 4 * matrices * side**2)
     side = min(pairs, LOSS_BLOCK)
     blocks = (2 if pairs <= LOSS_BLOCK else 3) + (1.25 if settings.smoothing else 0)
     size = 4 * pairs * 7 * width + 4 * blocks * side**2
@@ -631,8 +637,11 @@ def _with_reserve(need: Need) -> int:
 
 
 def _pieces(settings: RepairConfig) -> Iterator[RepairConfig]:
-    """The same steps in more and more pieces: accumulation is exact."""
+    """The same steps in more and more pieces: accumulation is exact, but where each pass is a loss of its own."""
     pairs = settings.step_pairs
+    if settings.negatives == "pass":
+        yield settings
+        return
     for batch in range(settings.batch, 1, -1):
         if pairs % batch == 0:
             yield replace(settings, batch=batch, accumulate=pairs // batch)

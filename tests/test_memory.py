@@ -26,6 +26,7 @@ from gmp.geometric import LEAVES, is_mlp, to_geometric
 from gmp.measure import drift, text_features
 from gmp.memory import GB, Need, Pass, check, embedding_batch, estimate, free, is_out_of_memory, move, release, used
 from gmp.optim import LIBRARIES
+from gmp.step import pair_loss
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CLIP_L = CLIPConfig(
@@ -930,3 +931,21 @@ def test_what_stays_is_not_moved(monkeypatch):
     move([clip], None, CPU, staying=[clip.visual])
     names = {tensor.data_ptr(): name for name, tensor in clip.named_parameters()}
     assert {names[one] for one in moved} == {name for name in names.values() if not name.startswith("visual.")}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("loss, entropy", [("siglip", 0.0), ("seed", 0.0), ("seed", 0.02), ("infonce", 0.02)])
+def test_a_loss_that_is_not_computed_in_blocks_takes_what_was_estimated(loss, entropy, smoothing):
+    smoothing = 0.0 if loss == "siglip" else smoothing
+    settings = RepairConfig(batch=768, loss=loss, entropy=entropy, smoothing=smoothing)
+    images, texts = (torch.randn(768, 32, requires_grad=True) for _ in range(2))
+    clip = SimpleNamespace(logit_scale=torch.tensor(4.0, requires_grad=True))
+    same = torch.arange(768)
+    with Allocated() as allocated:
+        pair_loss(images, texts, clip, settings, same_picture=same, same_caption=same).backward()
+    assert 0.9 < memory._loss(settings, 32) / allocated.peak < 1.1
+
+
+def test_a_pass_that_is_a_loss_of_its_own_is_not_made_smaller():
+    with pytest.raises(InputError, match="Not even batch 4096 with checkpointing"):
+        check(CLIP_L, RepairConfig(negatives="pass", loss="seed", batch=4096), "fp32", GPU, 2 * GB)
