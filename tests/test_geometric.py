@@ -499,7 +499,7 @@ def test_the_last_entry_that_names_a_layer_counts():
     [
         (Geometric(first=2, last=5), r"geometric\[1\].*blocks 2 to 5.*text tower has blocks 0 to 1"),
         (Geometric(("projection", "qkv"), first=7), r"the vision tower has blocks 0 to 1"),
-        (Geometric(first=1, last=0), r"blocks 1 to 0"),
+        (Geometric(first=-1, last=0), r"blocks -1 to 0"),
         (Geometric(()), r"layers none.*mlp, qkv, out, projection"),
     ],
 )
