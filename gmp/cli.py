@@ -28,6 +28,7 @@ from .commands import (
     training,
     world,
 )
+from .commands.parsers import add_command
 from .commands.towers import add_pictures
 from .errors import InputError
 
@@ -72,15 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable, text: str, example: str) -> argparse.ArgumentParser:
-        one = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=f"example:\n  python -m gmp {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        one = add_command(commands, name, text, example)
         one.set_defaults(command=run, code=0)
-        one.add_argument("--json", action="store_true", help="print the answer as JSON on the last line")
         return one
 
     one = add("inspect", files.inspect, "Say what files hold, from their headers.", "inspect clip_l.safetensors")

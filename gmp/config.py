@@ -250,6 +250,11 @@ class RepairConfig:
     def step_pairs(self) -> int:
         return self.batch * self.accumulate
 
+    @property
+    def trains_temperature(self) -> bool:
+        """Whether the loss gives `logit_scale` a gradient; where it does not, that is to be frozen."""
+        return self.temperature is None and self.loss != "seed"  # which has one of its own
+
     def rate(self, text_width: int) -> float:
         """The learning rate of this repair, before schedule and factors."""
         return self.lr or default_lr(text_width)

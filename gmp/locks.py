@@ -50,7 +50,7 @@ def trains(name: str, config: CLIPConfig, settings: RepairConfig) -> bool:
     """
     where = part(name, config)
     if where == "scale":
-        return settings.temperature is None and settings.loss != "seed"  # which has one of its own
+        return settings.trains_temperature
     vision = name.startswith("visual.")
     if vision and settings.train != "both":
         return False

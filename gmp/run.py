@@ -262,9 +262,9 @@ def repair(
     for inputs that do not work, for a folder of another run, when another process is at work in the folder, and when
     memory does not suffice.
     """
-    idle = [str(anchor) for anchor in config.anchors if anchor not in holding(config, inputs.concepts).anchors]
+    given, config = config, holding(config, inputs.concepts)
+    idle = [str(anchor) for anchor in given.anchors if anchor not in config.anchors]
     notes = [f"no captions of concepts were given: {', '.join(idle)} is off"] if idle else []
-    config = holding(config, inputs.concepts)
     if config.step_pairs < group.size:
         raise InputError(
             f"a step of {config.step_pairs} pairs cannot be shared by {group.size} processes; start fewer, or make the "

@@ -94,8 +94,9 @@ class Session:
             yield from self._finish()
             return
         self._go_on()
-        scene, together = self.scene, {"group": self.group, "concepts": self.scene.concepts}
-        for event in train(training, scene.pairs, scene.teachers, config, self.device, **together):
+        scene, group = self.scene, self.group
+        steps = train(training, scene.pairs, scene.teachers, config, self.device, group=group, concepts=scene.concepts)
+        for event in steps:
             yield event
             yield from self.alarms.hear(event)
             if event["type"] != "step":
@@ -142,15 +143,15 @@ class Session:
 
     def measure(self) -> Iterator[Event]:
         """A `measure` event, and what it sets off, if there are pairs to measure on. Keeps the best encoder."""
-        held, training = self.scene.held, self.training
+        scene, held, training = self.scene, self.scene.held, self.training
         if not len(held.index):
             return
         clip = self._clip()
         features = held.image_features(clip)
         first = first_captions(held.index.caption_counts)
-        given = {"concepts": self.scene.concepts}
-        losses = held_out_loss(clip, features, held.ids[first], self.scene.teachers, self.config, **given)
-        values = measure_tower(clip, features, held.ids, held.index.owners(), self.scene.reference)
+        ids, concepts = held.ids[first], scene.concepts
+        losses = held_out_loss(clip, features, ids, scene.teachers, self.config, concepts=concepts)
+        values = measure_tower(clip, features, held.ids, held.index.owners(), scene.reference)
         worth = goodness(self.config.best_by, losses, values)
         if self.best is None or worth > self.best["worth"]:
             if self.best is not None:
@@ -159,7 +160,7 @@ class Session:
             self.best = {"step": training.step, "by": self.config.best_by, "worth": worth, "loss": loss}
             self._waited = 0
         event = {"type": "measure", "step": training.step, "held_out": losses} | values
-        yield event | {"moved": moved(clip, self.scene.start)}
+        yield event | {"moved": moved(clip, scene.start)}
         yield from self.alarms.hear(event)
 
     def _measure_in_turn(self) -> Iterator[Event]:

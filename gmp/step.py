@@ -45,14 +45,9 @@ class Figures:
 # ---- the loss that is configured -------------------------------------------------------------------------------------
 
 
-def trains_temperature(config: RepairConfig) -> bool:
-    """Whether the loss gives `logit_scale` a gradient; where it does not, that is to be frozen."""
-    return config.temperature is None and config.loss != "seed"
-
-
 def temperature_of(config: RepairConfig, clip: CLIP) -> Tensor:
     """The logarithm of the inverse temperature of the loss: the CLIP's own, or the configured one as a constant."""
-    if trains_temperature(config):
+    if config.trains_temperature:
         return clip.logit_scale
     return torch.full_like(clip.logit_scale, -math.log(config.temperature or SEED_TEMPERATURE), requires_grad=False)
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import events
 from .clip import CLIP
 from .config import Captions, Pictures, RepairConfig
 from .data.captions import Index, check_pictures, dataset_key, held_out_count, split
 from .data.crops import Box
-from .data.images import PLAIN, PicturesAhead, load_batches, normalize
+from .data.images import PLAIN, PicturesAhead
 from .data.mirror import mirror
 from .data.policy import CUT_AT, Finished, canonical, check, chosen, finish, has_draws
 from .data.sampler import Sampler
@@ -28,7 +29,7 @@ from .distributed import Group
 from .duplicates import alike, alike_keys
 from .errors import InputError
 from .events import Event, mapped, progress
-from .features import Features, content_keys, embed_files, salient_boxes
+from .features import Features, content_keys, embed_files, embed_now, salient_boxes
 from .layouts import TowerFile
 from .pairs import Pairs, Texts
 from .tokenizer import Tokenize, lengths
@@ -60,15 +61,12 @@ class HeldOut:
     pictures: Pictures = PLAIN
     boxes: Sequence[Box | None] | None = None  # where the salient crop is
 
-    @torch.no_grad()
     def image_features(self, clip: CLIP) -> Tensor:
         """(pictures, embed_dim): as they were cached, or by the tower as it is now"""
         if self.features is not None:
             return self.features
-        size = clip.visual.vision_config.image_size
-        batches = load_batches(self.index.paths, size, batch=64, pictures=self.pictures, boxes=self.boxes)
-        device = clip.logit_scale.device
-        return torch.cat([clip.encode_image(normalize(pixels.to(device))).float().cpu() for pixels in batches])
+        seen = {"pictures": self.pictures, "boxes": self.boxes}
+        return events.finish(embed_now(clip.visual, self.index.paths, "held-out pictures", **seen))
 
 
 @dataclass(frozen=True)

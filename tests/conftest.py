@@ -13,7 +13,7 @@ from gmp.clip import VisionTower
 from gmp.config import RepairConfig
 from gmp.data.captions import read_index
 from gmp.layouts import read_text, read_vision, write_clip, write_text
-from gmp.run import Inputs
+from gmp.run import Inputs, repair
 from gmp.world.write import write_world
 from tests.small import PICTURES, SMALL, disturbed, small_clip, tokenize
 
@@ -92,6 +92,16 @@ def embedded(monkeypatch):
 
     monkeypatch.setattr(VisionTower, "forward", spy)
     return counts
+
+
+@pytest.fixture(scope="module")
+def alone(request, inputs, cache, tmp_path_factory) -> dict[str, Path]:
+    """The folders of a module's CONFIGS, each run in one process without a stop. cache: the module's own."""
+    folders = {}
+    for name, config in request.module.CONFIGS.items():
+        folders[name] = tmp_path_factory.mktemp("alone") / name
+        list(repair(inputs, config, folders[name], cache=cache, device=torch.device("cpu")))
+    return folders
 
 
 @pytest.fixture(scope="module")

@@ -33,16 +33,6 @@ def order(write_order):
     return lambda folder, config, **what: write_order(folder, config, **what)
 
 
-@pytest.fixture(scope="module")
-def alone(inputs, cache, tmp_path_factory):
-    """The runs in one process, without a stop."""
-    folders = {}
-    for name, config in CONFIGS.items():
-        folders[name] = tmp_path_factory.mktemp("alone") / name
-        list(repair(inputs, config, folders[name], cache=cache, device=CPU))
-    return folders
-
-
 def folded(path):
     return {name: t for name, t in fold_state(load_file(path)).items() if not name.startswith("visual.")}
 

@@ -50,16 +50,6 @@ def order(write_order):
 
 
 @pytest.fixture(scope="module")
-def alone(inputs, cache, tmp_path_factory):
-    """The same runs in one process."""
-    folders = {}
-    for name, config in CONFIGS.items():
-        folders[name] = tmp_path_factory.mktemp("alone") / name
-        list(repair(inputs, config, folders[name], cache=cache, device=CPU))
-    return folders
-
-
-@pytest.fixture(scope="module")
 def pair(order, tmp_path_factory):
     """An uninterrupted run in two processes: its folder, and what each process has heard."""
     return go(order(tmp_path_factory.mktemp("pair")), 2)

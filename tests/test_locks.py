@@ -15,7 +15,6 @@ from gmp.config import Anchor, Geometric, RepairConfig, Unfreeze
 from gmp.errors import InputError
 from gmp.locks import blocks_at, joined, part, trains, unfrozen
 from gmp.pairs import Pairs
-from gmp.step import trains_temperature
 from gmp.trainer import begin, set_up, train
 from tests.open_clip_peer import open_clip
 
@@ -99,7 +98,7 @@ def test_embeddings_are_locked_by_themselves():
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0.07}, {"loss": "seed"}, {"loss": "siglip"}])
 def test_a_fixed_temperature_does_not_train(changes):
-    assert ("logit_scale" in trained(**changes)) == trains_temperature(RepairConfig(**changes))
+    assert ("logit_scale" in trained(**changes)) == RepairConfig(**changes).trains_temperature
     assert "logit_scale" not in trained(temperature=0.07)
 
 

@@ -28,7 +28,6 @@ from gmp.step import (
     contrastive_step,
     pieces,
     temperature_of,
-    trains_temperature,
 )
 from gmp.trainer import begin, set_up, train
 from tests.side_by_side import Started
@@ -102,7 +101,7 @@ def make_batch(pairs):
 
 def make_clip(config):
     clip = small_clip()
-    clip.logit_scale.requires_grad_(trains_temperature(config))
+    clip.logit_scale.requires_grad_(config.trains_temperature)
     clip.visual.requires_grad_(config.train == "both")
     return clip
 
@@ -251,8 +250,8 @@ def test_a_fixed_temperature_is_a_constant():
     ):
         found = temperature_of(config, clip)
         assert found.item() == pytest.approx(expected, rel=1e-6)
-        assert (found is clip.logit_scale) == trains_temperature(config) == (expected == 2.0)
-        assert found.requires_grad == trains_temperature(config)
+        assert (found is clip.logit_scale) == config.trains_temperature == (expected == 2.0)
+        assert found.requires_grad == config.trains_temperature
 
 
 @pytest.mark.parametrize("frozen", ["text", "vision"])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..data.captions import printable
 from ..errors import InputError
+from .parsers import add_command
 from .towers import split_columns
 
 if TYPE_CHECKING:
@@ -18,15 +19,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="WHAT")
 
     def add(name: str, run: object, text: str, example: str) -> argparse.ArgumentParser:
-        one = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=f"example:\n  python -m gmp captions {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        one = add_command(commands, name, text, f"captions {example}")
         one.set_defaults(command=run)
-        one.add_argument("--json", action="store_true", help="print the answer as JSON on the last line")
         return one
 
     def add_place(one: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, some
+from .parsers import add_command
 
 if TYPE_CHECKING:
     from ..clip import VisionTower
@@ -23,20 +24,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="WHAT")
 
     def add(name: str, text: str, example: str) -> argparse.ArgumentParser:
-        one = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=f"example:\n  python -m gmp pictures {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        one = add_command(commands, name, text, f"pictures {example}")
         one.add_argument("folder", type=Path, metavar="FOLDER", help="with pictures, captions beside them or not")
         one.add_argument(
             "--out", type=Path, required=True, metavar="FOLDER", help="for the copies; the same again goes on"
         )
         one.add_argument("--captions", type=Path, metavar="FILE", help="of captions; written for the copies too")
         one.add_argument("--force", action="store_true", help="write into a folder that is not empty, and replace")
-        one.add_argument("--json", action="store_true", help="print the answer as JSON on the last line")
         return one
 
     one = add(
